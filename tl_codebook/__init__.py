@@ -1,0 +1,68 @@
+"""Codebook features for TransformerLens models: every layer and head speaks in integers that can be read, forced and traced.
+
+Importing this package imports neither TransformerLens nor torch: each name is loaded when it is first used (PEP 562).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tl_codebook.attachment import attach, bypassed, count_usage, detach, masked, refresh, sites
+    from tl_codebook.codebook import Codebook, CodebookConfig
+    from tl_codebook.interventions import ban_code, force_code, patch_codes, swap_codes
+    from tl_codebook.names import Address, Code
+    from tl_codebook.steering import steer
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Address": "names",
+    "Code": "names",
+    "Codebook": "codebook",
+    "CodebookConfig": "codebook",
+    "attach": "attachment",
+    "ban_code": "interventions",
+    "bypassed": "attachment",
+    "count_usage": "attachment",
+    "detach": "attachment",
+    "force_code": "interventions",
+    "masked": "attachment",
+    "patch_codes": "interventions",
+    "refresh": "attachment",
+    "sites": "attachment",
+    "steer": "steering",
+    "swap_codes": "interventions",
+}
+
+__all__ = [
+    "Address",
+    "Code",
+    "Codebook",
+    "CodebookConfig",
+    "attach",
+    "ban_code",
+    "bypassed",
+    "count_usage",
+    "detach",
+    "force_code",
+    "masked",
+    "patch_codes",
+    "refresh",
+    "sites",
+    "steer",
+    "swap_codes",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'tl_codebook' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"tl_codebook.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,379 @@
+"""Put codebooks into a model, look at them, and take them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from tl_codebook import hosts
+from tl_codebook.codebook import Codebook, CodebookConfig
+from tl_codebook.errors import AttachError, ConfigError, HookNeverFiredError, ShapeError, UnknownHookError, nearest
+from tl_codebook.names import CODES, HEAD_SITES, INPUT, SITES, Address, split_hook_name
+from tl_codebook.points import CodebookPoint, RelayPoint
+
+__all__ = ["attach", "bypassed", "count_usage", "detach", "masked", "match_sites", "refresh", "sites"]
+
+Books = Mapping[str, Codebook | CodebookConfig]
+
+
+def attach(
+    model: Any,
+    sites: str | Sequence[str] | Books,
+    *,
+    layers: int | Sequence[int] | None = None,
+    n_codes: int | None = None,
+    k: int = 1,
+    n_groups: int | None = None,
+    on_nonfinite: Literal["raise", "propagate"] = "raise",
+    **config: Any,
+) -> dict[str, Codebook]:
+    """Put a codebook at every site asked for and return the codebooks by hook name; a failed call leaves the model as it was.
+
+    A short probe runs through the model, with the user's hooks set aside, to learn the widths and to prove that every site fires.
+
+    Args:
+        model: A HookedTransformer or TransformerBridge.
+        sites: One or more of z q k v attn_out mlp_out post resid_pre resid_mid resid_post resid_delta; or, for full control, a mapping from
+            a site, an address (``L3.mlp_out``) or a hook name to a `CodebookConfig` or a `Codebook`.
+        layers: Layers to use, negative ones from the end; all by default. Not with addresses or hook names.
+        n_codes, k, n_groups, config: The fields of `CodebookConfig`. At z, q, k and v there is one group per head unless n_groups says else.
+        on_nonfinite: What a NaN or Inf at a site does: ``raise``, or ``propagate`` it to the output.
+
+    Raises:
+        UnknownHookError: no such site, layer or hook point.
+        AttachError: the hook point holds a codebook or something else already, or two names mean one hook point.
+        HookNeverFiredError: a hook point that exists and never fires.
+        ConfigError, ShapeError: a codebook that does not fit.
+
+    Source: Tamkin et al. 2023, section 2 (where codebooks sit).
+
+    >>> books = attach(model, ["z", "mlp_out"], n_codes=32, k=4)
+    >>> list(books)[:2], books["blocks.0.attn.hook_z"].codes.shape
+    (['blocks.0.attn.hook_z', 'blocks.0.hook_mlp_out'], torch.Size([4, 32, 8]))
+    >>> logits, cache = model.run_with_cache(torch.tensor([[1, 2, 3]]))
+    >>> cache["blocks.0.hook_mlp_out.hook_codes"].shape
+    torch.Size([1, 3, 4])
+    """
+    model = hosts.as_host(model)
+    if isinstance(sites, Mapping):
+        if n_codes is not None or n_groups is not None or config or k != 1:
+            raise ConfigError("sites is a mapping to codebooks, and n_codes, k, n_groups or others were given too. Put them in the mapping.")
+        wanted = _from_mapping(model, sites, layers)
+    else:
+        if n_codes is None:
+            raise ConfigError("n_codes was not given. Say how many codes each group has, such as n_codes=1024.")
+        try:
+            settings = CodebookConfig(n_codes, k, n_groups, **config)
+        except TypeError:
+            unknown = sorted(set(config) - {"similarity", "selection", "input_norm", "reduce"})
+            known = ["similarity", "selection", "input_norm", "reduce"]
+            raise ConfigError(f"attach has no option {unknown[0]!r}. {nearest(unknown[0], known)} Options: {' '.join(known)}.") from None
+        wanted = dict.fromkeys(hosts.resolve_sites(model, sites, layers), settings)
+    if getattr(sites, "basis", None) is not None:
+        sites.basis.check(model, wanted)  # type: ignore[union-attr]
+    _refuse_occupied(model, wanted)
+    shapes = _probe(model, wanted)
+    books = {name: _built(model, name, item, shapes[name], on_nonfinite) for name, item in wanted.items()}
+    modes = {name: book.training for name, book in books.items()}
+    try:
+        _adopt(model, books)
+        _prove(model, books)
+    except BaseException:
+        _release(model, books)
+        for name, book in books.items():
+            book.train(modes[name])
+        raise
+    return books
+
+
+def _from_mapping(model: Any, books: Books, layers: int | Sequence[int] | None) -> dict[str, Codebook | CodebookConfig]:
+    wanted: dict[str, Codebook | CodebookConfig] = {}
+    owner: dict[int, str] = {}
+    if not books:
+        raise UnknownHookError("an empty mapping of codebooks was given. Give at least one hook name and its Codebook or CodebookConfig.")
+    for key, item in books.items():
+        if not isinstance(item, Codebook | CodebookConfig):
+            raise ConfigError(f"{key!r} is mapped to a {type(item).__name__}. Give a Codebook or a CodebookConfig.")
+        if key in SITES:
+            names = hosts.resolve_sites(model, key, layers)
+        elif layers is not None:
+            raise ConfigError(f"layers={layers!r} was given, but {key!r} names its layer itself. Leave layers out.")
+        else:
+            names = [hosts.stable_name(model, Address.parse(key).hook_name if key.startswith("L") else key)]
+        if isinstance(item, Codebook) and len(names) > 1:
+            raise ConfigError(f"one Codebook was given for {len(names)} hook points of site {key!r}. Give a CodebookConfig, or one each.")
+        for name in names:
+            if name in wanted:
+                raise AttachError(f"{key!r} means {name!r}, which another name in the same call means too. Name each hook point once.")
+            if isinstance(item, Codebook) and id(item) in owner:
+                raise AttachError(f"one Codebook was given for {owner[id(item)]!r} and {name!r}. Give each hook point its own (deepcopy).")
+            owner[id(item)] = name
+            wanted[name] = item
+    return wanted
+
+
+def _refuse_occupied(model: Any, names: Iterable[str]) -> None:
+    hooks, seen = model.hook_dict, dict[int, str]()
+    for name in names:
+        point = hooks.get(name)
+        if point is None:
+            continue  # a resid_delta that is still to be made
+        if isinstance(point, CodebookPoint):
+            book = point.codebook
+            raise AttachError(
+                f"{name!r} already holds a codebook ({book.n_codes} codes, k={book.k}). Call detach(model, {name!r}) first; nothing was "
+                "changed."
+            )
+        if type(point) not in (HookPoint, RelayPoint):
+            raise AttachError(f"{name!r} is a {type(point).__name__}, put there by another library. Take that off first; nothing was changed.")
+        if id(point) in seen:
+            raise AttachError(f"{name!r} and {seen[id(point)]!r} are one and the same hook point in this model. Give one of them.")
+        seen[id(point)] = name
+
+
+def _probe_tokens(model: Any) -> Tensor:
+    n_pos = min(3, int(getattr(model.cfg, "n_ctx", 3) or 3))
+    vocabulary = int(model.cfg.d_vocab)
+    return (torch.arange(2 * n_pos) % vocabulary).reshape(2, n_pos).to(hosts.home_device(model, "hook_embed"))
+
+
+def _probe(model: Any, names: Iterable[str]) -> dict[str, torch.Size]:
+    tokens = _probe_tokens(model)
+    got = hosts.raw_activations(model, tokens, list(names))
+    for name in names:
+        if name not in got:
+            raise HookNeverFiredError(
+                f"the hook point {name!r} exists, but nothing passes through it in this model. Choose a site that fires"
+                f"{', or call set_use_attn_result(True) first' if name.endswith('result') else ''}; nothing was changed."
+            )
+        shape = got[name].shape
+        if shape[:2] != tokens.shape and not (len(shape) == 2 and shape[0] == tokens.numel()):
+            raise ShapeError(f"{name!r} carries {tuple(shape)} for tokens {tuple(tokens.shape)}: not [batch pos ...]. Choose another site.")
+        if not got[name].is_floating_point():
+            raise ShapeError(f"{name!r} carries {got[name].dtype}. A codebook takes floating-point activations; choose another site.")
+    return {name: got[name].shape for name in names}
+
+
+def _built(
+    model: Any, name: str, item: Codebook | CodebookConfig, shape: torch.Size, on_nonfinite: Literal["raise", "propagate"]
+) -> Codebook:
+    d_in = shape[2:].numel() if len(shape) > 2 else shape[-1]
+    site = split_hook_name(name)[1]
+    heads = hosts.head_count(model, site) if site in HEAD_SITES else 1
+    config = item.config if isinstance(item, Codebook) else item
+    groups = heads if config.n_groups is None else config.n_groups
+    if site in HEAD_SITES and heads % groups and (groups % heads or groups == model.cfg.n_heads):
+        raise ConfigError(
+            f"n_groups={groups} was asked for at {name!r}, which has {heads} heads"
+            f"{' (k and v have the key-value heads of grouped-query attention)' if heads != model.cfg.n_heads else ''}. "
+            f"Leave n_groups out for one group per head, or give a divisor of {heads}."
+        )
+    if isinstance(item, CodebookConfig):
+        try:
+            item = Codebook(d_in, config.with_groups(groups), on_nonfinite=on_nonfinite)
+        except ConfigError as error:
+            raise ConfigError(f"{name!r}: {error}") from None
+    if item.d_in != d_in:
+        raise ShapeError(f"the codebook for {name!r} has d_in={item.d_in}, the activation there has {d_in} values. Make one of d_in={d_in}.")
+    return item
+
+
+def _adopt(model: Any, books: Mapping[str, Codebook]) -> None:
+    clock = hosts.PositionClock.of(model)
+    for name, book in books.items():
+        if split_hook_name(name)[1] == "resid_delta":
+            _make_delta(model, name)
+            point = model.blocks[split_hook_name(name)[0]].hook_resid_delta
+        else:
+            point = model.hook_dict[name]
+        point.__class__ = CodebookPoint
+        book.to(device=hosts.home_device(model, name)).train(model.training)
+        point.adopt(name, book, clock)
+    refresh(model)
+
+
+def _make_delta(model: Any, name: str) -> None:
+    hooks, block = model.hook_dict, name.rpartition(".")[0]
+    start, end = hooks[f"{block}.hook_resid_pre"], hooks[f"{block}.hook_resid_post"]
+    delta = CodebookPoint()
+    for point, role in ((start, "feeds"), (end, "delta")):
+        if type(point) is HookPoint:
+            point.__class__ = RelayPoint
+        point.__dict__[role] = delta  # past Module.__setattr__: the block owns it, under one name
+    model.blocks[split_hook_name(name)[0]].add_module("hook_resid_delta", delta)
+
+
+def _drop_delta(model: Any, name: str) -> None:
+    hooks, block = model.hook_dict, name.rpartition(".")[0]
+    for point, role in ((hooks[f"{block}.hook_resid_pre"], "feeds"), (hooks[f"{block}.hook_resid_post"], "delta")):
+        point.__dict__.pop(role, None)
+        if type(point) is RelayPoint and not {"feeds", "delta"} & set(point.__dict__):
+            point.__class__ = HookPoint
+    model.blocks[split_hook_name(name)[0]]._modules.pop("hook_resid_delta", None)
+
+
+def _prove(model: Any, books: Mapping[str, Codebook]) -> None:
+    points = {name: point for name, point in sites(model).items() if name in books}
+    for book in books.values():
+        book.count_when, book.__dict__["_count_when"] = "never", book.count_when
+    try:
+        with hosts.quiet(model), torch.no_grad():
+            model(_probe_tokens(model))
+    finally:
+        for book in books.values():
+            book.count_when = book.__dict__.pop("_count_when")
+    for name, point in points.items():
+        if not point.n_snaps:
+            raise HookNeverFiredError(f"the codebook at {name!r} was never reached by a probe. Choose another site; nothing was changed.")
+
+
+def _release(model: Any, names: Iterable[str]) -> dict[str, Codebook]:
+    points, released = sites(model), {}
+    for name in names:
+        if name in points:
+            if split_hook_name(name)[1] == "resid_delta":
+                _drop_delta(model, name)
+            released[name] = points[name].release()
+    if not sites(model):
+        hosts.PositionClock.remove(model)
+    refresh(model)
+    return released
+
+
+def detach(model: Any, names: str | Iterable[str] | None = None) -> dict[str, Codebook]:
+    """Take codebooks out (all, or those that `names` match) and return them by hook name; the model is bit for bit what it was.
+
+    Args:
+        names: Hook names, addresses (``L3.mlp_out``) or sites (``z``).
+
+    Raises:
+        UnknownHookError: a name at which no codebook sits.
+
+    >>> _ = attach(model, "mlp_out", n_codes=16)
+    >>> sorted(detach(model)), sites(model)
+    (['blocks.0.hook_mlp_out', 'blocks.1.hook_mlp_out'], {})
+    """
+    model = hosts.as_host(model)
+    return _release(model, [point.site for point in match_sites(model, names)])
+
+
+def sites(model: Any) -> dict[str, CodebookPoint]:
+    """Return the hook points that hold a codebook, by hook name: each once, in the order of the layers.
+
+    Iterate this rather than `hook_dict` or a cache, where a Bridge lists a hook point under two or three names.
+    """
+    points = [m for m in hosts.as_host(model).modules() if isinstance(m, CodebookPoint) and "site" in m.__dict__]
+    order = list(SITES)
+
+    def key(point: CodebookPoint) -> tuple[int, int, str]:
+        layer, site = split_hook_name(point.site)
+        return (-1 if layer is None else layer, order.index(site) if site in order else len(order), point.site)
+
+    return {point.site: point for point in sorted(points, key=key)}
+
+
+def match_sites(model: Any, names: str | Iterable[str] | None = None) -> list[CodebookPoint]:
+    """Return the codebook points that hook names, addresses or sites mean; None means all. Unknown names raise."""
+    points = sites(model)
+    if names is None:
+        return list(points.values())
+    found: dict[str, CodebookPoint] = {}
+    for name in [names] if isinstance(names, str) else names:
+        if name in SITES:
+            matching = [n for n in points if split_hook_name(n)[1] == name]
+        elif name.startswith("L"):
+            matching = [n for n in points if n == Address.parse(name).hook_name]
+        else:
+            matching = [n for n in points if n == name or (name in model.hook_dict and model.hook_dict[name] is points[n])]
+        if not matching:
+            raise UnknownHookError(
+                f"no codebook sits at {name!r}. {nearest(name, points)} Codebooks sit at: {', '.join(points) or 'no site; call attach first'}."
+            )
+        found |= {n: points[n] for n in matching}
+    return list(found.values())
+
+
+def refresh(model: Any) -> None:
+    """Publish the names of the codebooks' hook points again, as `enable_compatibility_mode()` makes necessary on a Bridge."""
+    model = hosts.as_host(model)
+    if not hosts.is_bridge(model):
+        model.setup()
+        return
+    registry = model._hook_registry
+    live = set(map(id, model.modules()))
+    for name in [n for n, p in registry.items() if n.endswith((f".{CODES}", f".{INPUT}", ".hook_resid_delta")) or id(p) not in live]:
+        del registry[name]
+    points = sites(model)
+    for name, point in points.items():
+        for child in (INPUT, CODES):
+            getattr(point, child).name = f"{name}.{child}"
+            registry[f"{name}.{child}"] = getattr(point, child)
+        if split_hook_name(name)[1] == "resid_delta":
+            point.name = name
+            registry[name] = point
+    kind = hosts.StrictRegistry if points else dict
+    if type(registry) is not kind:
+        model._hook_registry = kind(registry)
+
+
+@contextmanager
+def bypassed(model: Any, names: str | Iterable[str] | None = None) -> Iterator[Any]:
+    """Run the model without its codebooks (or without those that `names` match) inside the ``with`` block.
+
+    >>> tokens = torch.tensor([[1, 2, 3]])
+    >>> before = model(tokens)
+    >>> _ = attach(model, "mlp_out", n_codes=16)
+    >>> with bypassed(model):
+    ...     torch.equal(model(tokens), before)
+    True
+    """
+    points = match_sites(model, names)
+    before = [point.enabled for point in points]
+    try:
+        for point in points:
+            point.enabled = False
+        yield model
+    finally:
+        for point, enabled in zip(points, before, strict=True):
+            point.enabled = enabled
+
+
+@contextmanager
+def masked(model: Any, mask: Bool[Tensor, "batch pos"] | None) -> Iterator[Any]:
+    """Leave the positions where `mask` is 0 (padding) out of usage counts and loss terms inside the ``with`` block."""
+    books = [point.codebook for point in match_sites(model)]
+    try:
+        for book in books:
+            book.token_mask = mask
+        yield model
+    finally:
+        for book in books:
+            book.token_mask = None
+
+
+@contextmanager
+def count_usage(model: Any, names: str | Iterable[str] | None = None) -> Iterator[dict[str, Codebook]]:
+    """Count afresh which codes fire inside the ``with`` block, in evaluation too; the totals so far come back afterwards.
+
+    >>> _ = attach(model, "mlp_out", n_codes=16, k=2)
+    >>> with count_usage(model) as books:
+    ...     _ = model(torch.tensor([[1, 2, 3]]))
+    ...     int(books["blocks.0.hook_mlp_out"].usage.counts.sum())  # 3 positions, k=2
+    6
+    """
+    books = {point.site: point.codebook for point in match_sites(model, names)}
+    before = [(book, book.usage, book.count_when) for book in books.values()]
+    try:
+        for book in books.values():
+            book.usage = type(book.usage)(book.n_groups, book.n_codes, book.d_group, book.codes.device)
+            book.count_when = "always"
+        yield books
+    finally:
+        for book, usage, when in before:
+            book.usage, book.count_when = usage, when

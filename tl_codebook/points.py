@@ -1,0 +1,177 @@
+"""The hook point that a codebook lives in.
+
+`attach` turns an existing HookPoint into a `CodebookPoint` in place (``hook_point.__class__ = CodebookPoint``). On a Bridge one HookPoint
+object is held by its parent, two registries, alias attributes and closures; adopting it keeps them all, replacing it would have to find them.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from tl_codebook.codebook import Codebook
+from tl_codebook.errors import AttachError, InvalidCodeError, ShapeError
+from tl_codebook.hosts import PositionClock
+from tl_codebook.names import CODES
+
+__all__ = ["CodebookPoint", "RelayPoint", "SnapCall", "current_call"]
+
+
+@dataclass
+class SnapCall:
+    """One snap, as the hooks at `hook_codes` may ask about it while they run."""
+
+    site: str
+    codebook: Codebook
+    y: Float[Tensor, "*lead group d_group"]
+    """What the codes are chosen for (after the LayerNorm, if there is one)."""
+    chosen: Int[Tensor, "*lead group k"]
+    """The ids before any hook."""
+    n_lead: int
+    """Leading axes of the activation: 2 for [batch pos ...], 1 where a host flattens them."""
+    clock: PositionClock
+    disabled: Bool[Tensor, "batch pos group code"] | None = None
+    """Codes that hooks of this snap have ruled out so far: a refill by the next hook must not bring them back."""
+
+
+_local = threading.local()
+
+
+def current_call() -> SnapCall | None:
+    """Return the snap whose `hook_codes` is running in this thread."""
+    return getattr(_local, "call", None)
+
+
+class RelayPoint(HookPoint):
+    """A hook point at the start or end of a block that serves the block's `resid_delta`.
+
+    At `hook_resid_post` (where `delta` is set) the output becomes resid_pre + snap(resid_post - resid_pre);
+    at `hook_resid_pre` (where `feeds` is set) the value is noted for it.
+    """
+
+    delta: CodebookPoint | None
+    feeds: CodebookPoint | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out: Tensor = super().__call__(self._change(x))
+        feeds = self.__dict__.get("feeds")
+        if feeds is not None and feeds.enabled:
+            feeds.__dict__["resid_pre"] = out
+        return out
+
+    def _change(self, x: Tensor) -> Tensor:
+        delta = self.__dict__.get("delta")
+        if delta is None or not delta.enabled:
+            return x
+        resid_pre = delta.__dict__.pop("resid_pre", None)
+        if resid_pre is None:
+            raise AttachError(
+                f"{delta.site}: the block ended without having started at its hook_resid_pre (start_at_layer?). Run whole blocks, or use "
+                "bypassed(model, ['resid_delta'])."
+            )
+        return resid_pre + delta(x - resid_pre)
+
+    def has_hooks(self, *args: Any, **kwargs: Any) -> bool:
+        """Say yes: a Bridge skips some hook points when nothing hangs on them (Granite)."""
+        return True
+
+
+class CodebookPoint(RelayPoint):
+    """A HookPoint with a codebook in front of it.
+
+    The old name carries the snapped activation, in the model's own layout. ``<name>.hook_x`` carries what goes in, [batch pos d_in] or
+    [batch pos group d_group]; ``<name>.hook_codes`` the int64 ids, [batch pos k] or [batch pos group k]: edit them and the output follows.
+    """
+
+    site: str
+    codebook: Codebook
+    hook_x: HookPoint
+    hook_codes: HookPoint
+    enabled: bool
+    clock: PositionClock
+    n_snaps: int
+
+    def adopt(self, site: str, codebook: Codebook, clock: PositionClock) -> None:
+        """Take the codebook in; the class of the object has just been changed to this one."""
+        self.site, self.enabled, self.n_snaps = site, True, 0
+        self.__dict__["clock"] = clock
+        codebook.label = site
+        self.hook_x, self.hook_codes = HookPoint(), HookPoint()
+        self.codebook = codebook
+
+    def release(self) -> Codebook:
+        """Give the codebook back and become what the object was before."""
+        codebook = self.codebook
+        codebook.label = ""
+        for name in ("hook_x", "hook_codes", "codebook", "site", "enabled", "n_snaps", "clock"):
+            delattr(self, name)
+        self.__dict__.pop("resid_pre", None)
+        relays = self.__dict__.get("delta") is not None or self.__dict__.get("feeds") is not None
+        self.__class__ = RelayPoint if relays else HookPoint  # type: ignore[assignment]
+        return codebook
+
+    # In __call__ (RelayPoint), not in forward(): a backward hook at the old name must bracket the identity alone, so that zeroing the
+    # gradient there also zeroes that of the codes.
+    def _change(self, x: Tensor) -> Tensor:
+        x = super()._change(x)
+        return self._snap(x) if self.enabled else x
+
+    def has_hooks(self, *args: Any, **kwargs: Any) -> bool:
+        """Say yes while the codebook is on, see `RelayPoint.has_hooks`."""
+        relays = self.__dict__.get("delta") is not None or self.__dict__.get("feeds") is not None
+        return self.enabled or relays or HookPoint.has_hooks(self, *args, **kwargs)
+
+    def _snap(self, x: Tensor) -> Tensor:
+        book = self.codebook
+        n_lead = min(2, x.ndim - 1)
+        lead = x.shape[:n_lead]
+        if n_lead < 1 or lead.numel() * book.d_in != x.numel():
+            raise ShapeError(
+                f"{self.site}: an activation of shape {tuple(x.shape)} does not fit the codebook, which takes [batch pos ...] with "
+                f"{book.d_in} values a position ({book.n_groups} groups of {book.d_group}). Detach it, or undo what changed the shape."
+            )
+        plain = book.n_groups == 1
+        grouped = book.grouped(x.reshape(*lead, book.d_in))
+        seen = self.hook_x(grouped.squeeze(-2) if plain else grouped)
+        y = book.normalise(seen.unsqueeze(-2) if plain else seen)
+        chosen = book.choose(y)
+        ids = chosen.squeeze(-2) if plain else chosen
+        if self.hook_codes.fwd_hooks:  # a plain list, so that Dynamo guards on it and sees hooks added after compiling
+            ids = self._edited(ids, SnapCall(self.site, book, y, chosen, n_lead, self.clock))
+        else:
+            ids = self.hook_codes(ids)
+        if not torch.compiler.is_compiling():  # Dynamo would guard on the number and compile again at every call
+            self.n_snaps += 1
+        out = book.emit(y, ids.unsqueeze(-2) if plain else ids)
+        return out.reshape(x.shape).to(x.dtype)
+
+    def _edited(self, ids: Tensor, call: SnapCall) -> Tensor:
+        outer = current_call()
+        _local.call = call
+        try:
+            new = self.hook_codes(ids.clone())
+        finally:
+            _local.call = outer
+        where, book = f"{self.site}.{CODES}", call.codebook
+        shape = " ".join(map(str, ids.shape[:-1]))
+        if not isinstance(new, Tensor) or new.is_floating_point() or new.is_complex() or new.dtype == torch.bool:
+            kind = f"a {new.dtype} tensor" if isinstance(new, Tensor) else f"a {type(new).__name__}"
+            raise InvalidCodeError(f"{where}: a hook returned {kind}. Return an integer tensor of shape [{shape} slots].")
+        if new.shape[:-1] != ids.shape[:-1] or new.ndim != ids.ndim or new.shape[-1] < 1:
+            raise InvalidCodeError(
+                f"{where}: a hook returned ids of shape {tuple(new.shape)}. Return [{shape} slots], with at least one slot (-1 is an empty "
+                "one)."
+            )
+        low, high = int(new.min()), int(new.max())
+        if low < -2 or high >= book.n_codes:
+            raise InvalidCodeError(
+                f"{where}: a hook returned the id {high if high >= book.n_codes else low}, but there are {book.n_codes} codes. Return 0 to "
+                f"{book.n_codes - 1}, or -1 for an empty slot."
+            )
+        return new.long()
