@@ -1,0 +1,1 @@
+"""Bring models in: from Hugging Face folders, objects and hub names."""
