@@ -10,13 +10,16 @@ from typing import Any
 
 import torch
 
-from tl_codebook.convert.huggingface import hooked_transformer_class, load_hf
+from tl_codebook.building import hooked_transformer_class
+from tl_codebook.convert.huggingface import load_hf
 
 D_MODEL, N_LAYERS, N_HEADS, VOCABULARY, N_CTX = 32, 2, 4, 61, 48
 ARCHITECTURES = ("gpt2", "neox", "neo", "llama")
 HOSTS = ("hooked", "bridge") if hooked_transformer_class() is not None else ("bridge",)
 KINDS = [f"{host}-{architecture}" for host in HOSTS for architecture in ARCHITECTURES]
 """What `make_host` takes, plus ``native``: a Bridge (or, where there is one, a HookedTransformer) from a TransformerLens config."""
+ODD_ARCHITECTURES = {"opt": "OPTConfig", "mixtral": "MixtralConfig", "granite": "GraniteConfig", "olmo2": "Olmo2Config"}
+"""Architectures that lay their hook points out in a way of their own, each with its configuration class; tested as a Bridge."""
 
 logging.getLogger().setLevel(logging.ERROR)  # TransformerLens logs through the root logger
 
@@ -64,6 +67,15 @@ def make_hf(architecture: str, **changes: Any) -> Any:
     elif architecture == "llama":
         sizes = dict(hidden_size=D_MODEL, intermediate_size=48, num_hidden_layers=N_LAYERS, num_attention_heads=N_HEADS)
         config = hf.LlamaConfig(**sizes, num_key_value_heads=2, max_position_embeddings=N_CTX, **common | changes)
+    elif architecture in ODD_ARCHITECTURES:
+        sizes = dict(hidden_size=D_MODEL, num_hidden_layers=N_LAYERS, num_attention_heads=N_HEADS, max_position_embeddings=N_CTX)
+        if architecture == "opt":
+            sizes |= dict(ffn_dim=48, word_embed_proj_dim=D_MODEL, dropout=0.0)
+        else:
+            sizes |= dict(intermediate_size=48, num_key_value_heads=2)
+        if architecture == "mixtral":
+            sizes |= dict(num_local_experts=2, num_experts_per_tok=1)
+        config = getattr(hf, ODD_ARCHITECTURES[architecture])(**sizes, **common | changes)
     else:
         raise ValueError(architecture)
     for name in ("attn_pdrop", "resid_pdrop", "embd_pdrop", "attention_dropout", "resid_dropout", "embed_dropout"):

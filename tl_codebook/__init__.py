@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tl_codebook.attachment import attach, bypassed, count_usage, detach, masked, refresh, sites
+    from tl_codebook.checkpoint import Codebooks, load, save
     from tl_codebook.codebook import Codebook, CodebookConfig
+    from tl_codebook.convert.huggingface import load_hf
+    from tl_codebook.fingerprint import fingerprint
     from tl_codebook.interventions import ban_code, force_code, patch_codes, swap_codes
     from tl_codebook.names import Address, Code
     from tl_codebook.steering import steer
@@ -22,15 +25,20 @@ _HOME = {
     "Code": "names",
     "Codebook": "codebook",
     "CodebookConfig": "codebook",
+    "Codebooks": "checkpoint",
     "attach": "attachment",
     "ban_code": "interventions",
     "bypassed": "attachment",
     "count_usage": "attachment",
     "detach": "attachment",
+    "fingerprint": "fingerprint",
     "force_code": "interventions",
+    "load": "checkpoint",
+    "load_hf": "convert.huggingface",
     "masked": "attachment",
     "patch_codes": "interventions",
     "refresh": "attachment",
+    "save": "checkpoint",
     "sites": "attachment",
     "steer": "steering",
     "swap_codes": "interventions",
@@ -41,15 +49,20 @@ __all__ = [
     "Code",
     "Codebook",
     "CodebookConfig",
+    "Codebooks",
     "attach",
     "ban_code",
     "bypassed",
     "count_usage",
     "detach",
+    "fingerprint",
     "force_code",
+    "load",
+    "load_hf",
     "masked",
     "patch_codes",
     "refresh",
+    "save",
     "sites",
     "steer",
     "swap_codes",

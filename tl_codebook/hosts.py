@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from tl_codebook.errors import AttachError, UnknownHookError, nearest
-from tl_codebook.names import HEAD_SITES, SITES, CodesHookName, hook_name, split_hook_name
+from tl_codebook.names import SITES, CodesHookName, hook_name, split_hook_name
 
 __all__ = [
     "Host",
@@ -163,20 +163,17 @@ def raw_activations(model: Any, tokens: Tensor, names: Sequence[str]) -> dict[st
         return keep
 
     needed = dict.fromkeys(names)
-    for name in names:
-        if name not in hooks:  # resid_delta before a codebook sits there
-            block = name.rpartition(".")[0]
-            needed |= {f"{block}.hook_resid_pre": None, f"{block}.hook_resid_post": None}
+    deltas = {name: name.rpartition(".")[0] for name in names if split_hook_name(name)[1] == "resid_delta"}
+    for block in deltas.values():
+        needed |= {f"{block}.hook_resid_pre": None, f"{block}.hook_resid_post": None}
     with quiet(model):
         for name in needed:
             if name in hooks:
                 hooks[name].add_hook(keeper(name))
         model(tokens)
-    for name in names:
-        if name not in hooks:
-            block = name.rpartition(".")[0]
-            if f"{block}.hook_resid_pre" in got and f"{block}.hook_resid_post" in got:
-                got[name] = got[f"{block}.hook_resid_post"] - got[f"{block}.hook_resid_pre"]
+    for name, block in deltas.items():
+        if name not in got and f"{block}.hook_resid_pre" in got and f"{block}.hook_resid_post" in got:
+            got[name] = got[f"{block}.hook_resid_post"] - got[f"{block}.hook_resid_pre"]
     return {name: got[name] for name in names if name in got}
 
 
@@ -259,14 +256,10 @@ class StrictRegistry(dict[str, HookPoint]):
 
 
 def processing(model: Any) -> dict[str, bool]:
-    """Return what weight processing did to the model, read off its weights; codes live in the basis that they were trained in."""
+    """Return what weight processing did to the model, read off its configuration and weights."""
     if is_bridge(model):
         return {"processed": bool(getattr(model, "_weights_processed", False))}
     out = model.W_O if model.cfg.attn_only else model.W_out
     centred = bool(out.mean(-1).abs().max() < 1e-5 * out.abs().max())
-    return {"fold_value_biases": bool((model.b_V == 0).all()), "center_writing_weights": centred}
-
-
-def is_head_site(name: str) -> bool:
-    """Tell whether a hook name is one with an activation per attention head."""
-    return split_hook_name(name)[1] in HEAD_SITES
+    folded = str(getattr(model.cfg, "normalization_type", "") or "").endswith("Pre")
+    return {"processed": folded or centred, "fold_ln": folded, "center_writing_weights": centred}

@@ -12,20 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
+from tl_codebook.building import bridge_around, hooked_from_config, hooked_transformer_class
 from tl_codebook.errors import CheckpointError, ConfigError
 
-__all__ = ["hooked_transformer_class", "load_hf"]
-
-
-def hooked_transformer_class() -> Any | None:
-    """Return `HookedTransformer`, or None where TransformerLens has none (4.0 and later raise on any access to it)."""
-    try:
-        from transformer_lens import HookedTransformer
-    except ImportError:
-        return None
-    return HookedTransformer
+__all__ = ["load_hf"]
 
 
 def load_hf(
@@ -65,7 +56,7 @@ def load_hf(
     with torch.no_grad():
         expected = hf_model(probe).logits.float()
     try:
-        result = _hooked(hf_model, tokenizer) if host == "hooked" else _bridge(hf_model, tokenizer, source)
+        result = _hooked(hf_model, tokenizer) if host == "hooked" else bridge_around(hf_model, tokenizer, None if Path(source).exists() else source)
         result.eval()
         with torch.no_grad():
             logits = result(probe.to(next(result.parameters()).device)).float()
@@ -128,7 +119,6 @@ def _probe_tokens(hf_model: Any) -> torch.Tensor:
 
 
 def _hooked(hf_model: Any, tokenizer: Any) -> Any:
-    from transformer_lens import HookedTransformer
     from transformer_lens import loading_from_pretrained as loading
 
     device, dtype = next(hf_model.parameters()).device, next(hf_model.parameters()).dtype
@@ -149,32 +139,13 @@ def _hooked(hf_model: Any, tokenizer: Any) -> Any:
                 parameter.requires_grad_(wanted)
     if "blocks.0.mlp.W_in" in weights:
         cfg.d_mlp = weights["blocks.0.mlp.W_in"].shape[-1]  # TransformerLens takes 4 * d_model for GPT-2 and GPT-Neo
-    model = HookedTransformer(cfg, tokenizer, move_to_device=False)
+    model = hooked_from_config(cfg, tokenizer)
     weights = {name: value.detach().clone() if isinstance(value, torch.Tensor) else value for name, value in weights.items()}
     model.load_and_process_state_dict(
         weights, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
     )
     model.move_model_modules_to_device()
     return model
-
-
-def _bridge(hf_model: Any, tokenizer: Any, source: str) -> nn.Module:
-    from transformer_lens.model_bridge import TransformerBridge
-
-    architecture = type(hf_model).__name__
-    hf_model.config.architectures = [architecture]
-    if hasattr(hf_model, "set_attn_implementation"):
-        hf_model.set_attn_implementation("eager")  # the Bridge hooks scores and patterns
-    if tokenizer is not None:
-        bridge: nn.Module = TransformerBridge.boot_transformers(
-            architecture if Path(source).exists() else source,  # it looks folder names up among its aliases
-            hf_model=hf_model, tokenizer=tokenizer,
-            dtype=next(hf_model.parameters()).dtype,
-        )
-        return bridge
-    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
-
-    return build_bridge_from_module(hf_model, architecture, hf_config=hf_model.config)
 
 
 def _compare(expected: torch.Tensor, logits: torch.Tensor, source: str, hf_model: Any, host: str) -> None:

@@ -1,0 +1,342 @@
+"""Save and load codebook models, and codebooks alone.
+
+A checkpoint is a folder: ``tl_codebook.json`` (what is in it), ``codes.<hash>.safetensors``, and for a whole model its weights and its
+tokenizer. Codebooks attach to any model in the basis that they were trained in; see `tl_codebook.fingerprint`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelHubMixin
+from torch import Tensor
+
+from tl_codebook import __version__, files, hosts
+from tl_codebook.attachment import attach, sites
+from tl_codebook.building import bridge_around, hooked_from_config, native_bridge
+from tl_codebook.codebook import Codebook, CodebookConfig
+from tl_codebook.errors import AttachError, CheckpointError, ConfigError
+from tl_codebook.fingerprint import Basis, fingerprint
+
+__all__ = ["MANIFEST", "Codebooks", "load", "save"]
+
+MANIFEST = "tl_codebook.json"
+FORMAT_VERSION = 1
+_KEYS = {"format", "format_version", "written_by", "sites", "codes", "basis", "model", "tokenizer"}
+_HOOK = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
+
+
+class Codebooks(dict[str, Codebook], ModelHubMixin, library_name="tl_codebook", tags=["codebook-features"]):
+    """The codebooks of a model by hook name, apart from the model: what is shared, uploaded, and attached to a base model.
+
+    Methods of `ModelHubMixin`: `save_pretrained(folder)`, `from_pretrained(folder or hub name)`, `push_to_hub(hub name)`.
+
+    >>> from tl_codebook import attach, detach
+    >>> _ = attach(model, "mlp_out", n_codes=16, k=2)
+    >>> Codebooks.of(model).save_pretrained(tmp_path / "codes")
+    >>> _ = detach(model)
+    >>> books = attach(model, Codebooks.from_pretrained(tmp_path / "codes"))
+    >>> list(books)
+    ['blocks.0.hook_mlp_out', 'blocks.1.hook_mlp_out']
+    """
+
+    def __init__(self, books: Mapping[str, Codebook] | Iterable[tuple[str, Codebook]] = (), basis: Basis | None = None):
+        super().__init__(books)
+        self.basis = basis
+
+    @classmethod
+    def of(cls, model: Any) -> Codebooks:
+        """Take the codebooks of a model together with the fingerprint of its activations."""
+        books = {name: point.codebook for name, point in sites(model).items()}
+        if not books:
+            raise AttachError("the model has no codebooks to take. Call attach(model, sites=...) first.")
+        return cls(books, fingerprint(model))
+
+    def save_pretrained(
+        self, save_directory: str | Path, *, overwrite: bool = False, repo_id: str | None = None, push_to_hub: bool = False, **kwargs: Any
+    ) -> str | None:
+        """Write the codebooks to a folder, in one step; an existing one needs ``overwrite=True``."""
+        folder = files.check_writable(save_directory, overwrite=overwrite)
+        _write(folder, self)
+        if push_to_hub:
+            return str(self.push_to_hub(repo_id=repo_id or folder.name, **kwargs))
+        return None
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        self.save_pretrained(save_directory, overwrite=True)
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        allow_nonfinite: bool = False,
+    ) -> Codebooks:
+        folder = Path(model_id)
+        if not folder.is_dir():
+            from huggingface_hub import snapshot_download
+
+            try:
+                folder = Path(
+                    snapshot_download(
+                        model_id,
+                        revision=revision,
+                        cache_dir=cache_dir,
+                        force_download=force_download,
+                        local_files_only=local_files_only,
+                        token=token,
+                        allow_patterns=[MANIFEST, "codes.*.safetensors"],
+                    )
+                )
+            except Exception as error:
+                raise CheckpointError(f"{model_id!r} is no folder here, and the hub did not give it ({error}).") from error
+        return _read_books(folder, files.read_json(folder / MANIFEST), allow_nonfinite=allow_nonfinite)
+
+
+def _tensors_of(books: Codebooks) -> dict[str, Tensor]:
+    tensors = {}
+    for name, book in books.items():
+        for key, value in book.state_dict().items():
+            tensors[f"{name}/{key}"] = value
+    if books.basis is not None:
+        tensors["basis/tokens"] = books.basis.tokens
+        tensors |= {f"basis/{name}": mean for name, mean in books.basis.means.items()}
+    return tensors
+
+
+def _write(folder: Path, books: Codebooks, model: Any = None) -> None:
+    for name in books:
+        if not _HOOK.fullmatch(name):
+            raise CheckpointError(f"a codebook sits at {name!r}, which no file may name: A-Z a-z 0-9 . _ - and at most 64 characters.")
+    before = {}
+    if (folder / MANIFEST).is_file():
+        try:
+            before = files.read_json(folder / MANIFEST)
+        except CheckpointError:  # what is being overwritten may be damaged
+            before = {}
+    basis = books.basis
+    manifest: dict[str, Any] = {
+        "format": "tl_codebook",
+        "format_version": FORMAT_VERSION,
+        "written_by": {"tl_codebook": __version__, "transformer_lens": version("transformer-lens"), "torch": torch.__version__},
+        "sites": {
+            name: {"d_in": book.d_in, "on_nonfinite": book.on_nonfinite, "config": book.config.to_dict()} for name, book in books.items()
+        },
+        "codes": files.write_tensors(folder, "codes", _tensors_of(books)),
+        "basis": None if basis is None else {"processing": basis.processing, "vocabulary": basis.vocabulary},
+        "model": None,
+        "tokenizer": None,
+    }
+    if model is not None:
+        manifest["model"] = _describe(model) | {"weights": files.write_tensors(folder, "model", _weights(model))}
+        tokenizer = getattr(model, "tokenizer", None)
+        if tokenizer is not None:
+            manifest["tokenizer"] = files.write_folder(folder, "tokenizer", lambda path: tokenizer.save_pretrained(path))
+    files.replace_json(folder / MANIFEST, manifest)
+    files.remove_stale(folder, before, manifest)
+
+
+def _weights(model: Any) -> dict[str, Tensor]:
+    """Return the weights of the base model, without codebooks and without what its configuration already says."""
+    if hosts.is_bridge(model):
+        return {name: value for name, value in model.state_dict().items() if ".codebook." not in name}
+    return {name: value for name, value in model.named_parameters() if ".codebook." not in name}
+
+
+def _plain(value: Any) -> Any:
+    """Turn a configuration into JSON values; what JSON has no word for is left out and decided anew on loading."""
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, str | int | float | bool) or value is None else str(value)
+
+
+def _unplain(value: Any) -> Any:
+    if isinstance(value, dict) and set(value) == {"dtype"}:
+        dtype = getattr(torch, str(value["dtype"]), None)
+        if not isinstance(dtype, torch.dtype):
+            raise CheckpointError(f"the model configuration names the dtype {value['dtype']!r}, which torch does not have.")
+        return dtype
+    return value
+
+
+def _describe(model: Any) -> dict[str, Any]:
+    if not hosts.is_bridge(model):
+        fields = {key: value for key, value in model.cfg.to_dict().items() if key not in ("device", "tokenizer_name")}
+        return {"host": "hooked", "config": _plain(fields)}
+    inner = model.original_model
+    if type(inner).__name__ == "NativeModel":
+        return {"host": "native", "config": _plain({key: value for key, value in model.cfg.to_dict().items() if key != "device"})}
+    if getattr(model, "_weights_processed", False):
+        raise CheckpointError(
+            "the weights of this TransformerBridge were processed (enable_compatibility_mode), and no file format of theirs exists. Save the "
+            "codes alone: Codebooks.of(model).save_pretrained(folder)."
+        )
+    return {"host": "bridge", "config": _plain(inner.config.to_dict())}
+
+
+def save(model: Any, folder: str | Path, *, overwrite: bool = False) -> None:
+    """Save model, tokenizer and codebooks to a folder, so that `load` needs nothing else.
+
+    The manifest is replaced last and in one step: a process killed in between leaves what was there before complete.
+
+    Args:
+        model: A host with codebooks.
+        folder: Where to; it must be empty or new unless `overwrite`.
+        overwrite: Replace a checkpoint that is there.
+
+    Raises:
+        CheckpointExistsError: the folder is not empty.
+        CheckpointError: it cannot be written to, or the disk is full; what was there before is untouched.
+
+    >>> from tl_codebook import attach
+    >>> _ = attach(model, "mlp_out", n_codes=16, k=2)
+    >>> save(model, tmp_path / "model")
+    >>> torch.equal(load(tmp_path / "model")(torch.tensor([[1, 2, 3]])), model(torch.tensor([[1, 2, 3]])))
+    True
+    """
+    model = hosts.as_host(model)
+    books = Codebooks.of(model)
+    _describe(model)
+    _write(files.check_writable(folder, overwrite=overwrite), books, model)
+
+
+def load(folder: str | Path, *, device: str | torch.device | None = None, allow_nonfinite: bool = False) -> Any:
+    """Load a model that `save` wrote: the same host, weights, tokenizer and codebooks; no network, nothing unpickled.
+
+    Args:
+        folder: What `save` wrote.
+        device: Where to put the model; the CPU by default.
+        allow_nonfinite: Load codes that hold NaN or Inf rather than raise.
+
+    Raises:
+        CheckpointError: naming file and cause, for anything missing, damaged, unknown or unsafe.
+    """
+    folder = Path(folder)
+    manifest = files.read_json(folder / MANIFEST)
+    books = _read_books(folder, manifest, allow_nonfinite=allow_nonfinite)
+    about = manifest["model"]
+    if about is None:
+        raise CheckpointError(f"{folder} holds codebooks and no model. Attach them: attach(model, Codebooks.from_pretrained({str(folder)!r})).")
+    if not isinstance(about, dict) or set(about) != {"host", "config", "weights"} or not isinstance(about["config"], dict):
+        raise CheckpointError(f"{folder / MANIFEST}: its model entry needs host, config and weights. Write it again with tl_codebook.save.")
+    tokenizer = None
+    if manifest["tokenizer"] is not None:
+        from transformers import AutoTokenizer
+
+        path = files.resolve(folder, manifest["tokenizer"].get("folder"))
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    model = _build(about["host"], {key: _unplain(value) for key, value in about["config"].items()}, tokenizer, folder)
+    weights = files.read_tensors(folder, about["weights"])
+    _put_weights(model, weights, folder)
+    model.eval()
+    for book in books.values():
+        book.eval()
+    attach(model, books)
+    return model if device is None else model.to(device)
+
+
+def _build(host: Any, config: dict[str, Any], tokenizer: Any, folder: Path) -> Any:
+    try:
+        with torch.random.fork_rng(devices=[]):
+            if host == "hooked":
+                return hooked_from_config(config | {"device": "cpu"}, tokenizer)
+            if host == "native":
+                return native_bridge(config | {"device": "cpu"}, tokenizer)
+            if host == "bridge":
+                from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+                kind = config.get("model_type")
+                if kind not in CONFIG_MAPPING or "auto_map" in config:
+                    raise CheckpointError(
+                        f"{folder}: the model configuration is of type {kind!r}"
+                        f"{' and asks for code of its own (auto_map)' if 'auto_map' in config else ''}. Only types that transformers has "
+                        "are loaded, and no code."
+                    )
+                hf_config = CONFIG_MAPPING[kind].from_dict(config)
+                dtype = getattr(hf_config, "dtype", None) or torch.float32
+                hf_model = AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager", dtype=dtype)
+                return bridge_around(hf_model, tokenizer)
+    except (CheckpointError, ConfigError):
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{folder}: no {host} model can be built from its configuration ({type(error).__name__}: {error}).") from error
+    raise CheckpointError(f"{folder}: its host is {host!r}. Known hosts: hooked, bridge, native.")
+
+
+@torch.no_grad()
+def _put_weights(model: Any, weights: Mapping[str, Tensor], folder: Path) -> None:
+    own = _weights(model)
+    if set(own) != set(weights):
+        missing, extra = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
+        raise CheckpointError(f"{folder}: the weights lack {missing[:5]} and have {extra[:5]} too many for this TransformerLens' model.")
+    for name, value in own.items():
+        if value.shape != weights[name].shape:
+            raise CheckpointError(f"{folder}: {name!r} has shape {tuple(weights[name].shape)}, the model needs {tuple(value.shape)}.")
+    for name, value in own.items():
+        value.copy_(weights[name])
+
+
+def _read_books(folder: Path, manifest: Mapping[str, Any], *, allow_nonfinite: bool) -> Codebooks:
+    path = folder / MANIFEST
+    if manifest.get("format") != "tl_codebook":
+        raise CheckpointError(f"{path} is of format {manifest.get('format')!r}, not tl_codebook. Give a folder written by tl_codebook.save.")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {manifest.get('format_version')!r}, this tl_codebook reads {FORMAT_VERSION}. Install the release that "
+            "wrote it, or a newer one."
+        )
+    if set(manifest) != _KEYS:
+        raise CheckpointError(f"{path}: unknown keys {sorted(set(manifest) - _KEYS)}, missing keys {sorted(_KEYS - set(manifest))}.")
+    entries = manifest["sites"]
+    if not isinstance(entries, dict) or not entries:
+        raise CheckpointError(f"{path}: its sites are {entries!r}. Write it again with tl_codebook.save.")
+    books = {}
+    for name, entry in entries.items():
+        if not _HOOK.fullmatch(name):
+            raise CheckpointError(f"{path}: {name[:80]!r} is no hook name (A-Z a-z 0-9 . _ - and at most 64 characters).")
+        if not isinstance(entry, dict) or set(entry) != {"d_in", "on_nonfinite", "config"} or not isinstance(entry["config"], dict):
+            raise CheckpointError(f"{path}: the entry of {name!r} needs d_in, on_nonfinite and config, and has {entry!r}.")
+        try:
+            with torch.random.fork_rng(devices=[]):
+                books[name] = Codebook(entry["d_in"], CodebookConfig.from_dict(entry["config"]), on_nonfinite=entry["on_nonfinite"])
+        except ConfigError as error:
+            raise CheckpointError(f"{path}: the codebook at {name!r} cannot be: {error}") from error
+    expected = {f"{name}/{key}": tuple(value.shape) for name, book in books.items() for key, value in book.state_dict().items()}
+    about = manifest["basis"]
+    if about is not None:
+        if not isinstance(about, dict) or set(about) != {"processing", "vocabulary"}:
+            raise CheckpointError(f"{path}: its basis needs processing and vocabulary, and is {about!r}.")
+    tensors = files.read_tensors(folder, manifest["codes"])
+    basis_keys = {key for key in tensors if key.startswith("basis/")} if about is not None else set()
+    if set(expected) != set(tensors) - basis_keys:
+        missing, extra = sorted(set(expected) - set(tensors)), sorted(set(tensors) - basis_keys - set(expected))
+        raise CheckpointError(f"{folder / manifest['codes']['file']}: missing tensors {missing}, unexpected tensors {extra}.")
+    for key, shape in expected.items():
+        value = tensors[key]
+        if tuple(value.shape) != shape or not value.is_floating_point():
+            raise CheckpointError(f"{path}: {key!r} is {value.dtype} {tuple(value.shape)}, expected floating point {shape}. Copy it again.")
+        if not allow_nonfinite and not bool(torch.isfinite(value).all()):
+            raise CheckpointError(f"{path}: {key!r} holds NaN or Inf. The run that wrote it diverged; allow_nonfinite=True loads it anyway.")
+    for name, book in books.items():
+        book.load_state_dict({key: tensors[f"{name}/{key}"] for key in book.state_dict()}, assign=True)
+        for parameter in book.parameters():
+            parameter.requires_grad_(True)
+    basis = None
+    if about is not None and "basis/tokens" in tensors:
+        means = {key.removeprefix("basis/"): tensors[key] for key in basis_keys if key != "basis/tokens"}
+        basis = Basis(tensors["basis/tokens"], means, dict(about["processing"]), about["vocabulary"])
+    return Codebooks(books, basis)

@@ -1,0 +1,196 @@
+"""Reading and writing files so that nothing is lost and nothing is believed.
+
+Tensors go to safetensors files named after their content (``codes.3fa2b1c09d5e.safetensors``); a JSON manifest, replaced last and in one step,
+says which of them count. A process killed in between leaves the previous checkpoint complete. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tl_codebook.errors import CheckpointError, CheckpointExistsError
+
+__all__ = ["check_writable", "read_json", "read_tensors", "remove_stale", "replace_json", "resolve", "write_folder", "write_tensors"]
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
+
+
+def check_writable(folder: str | Path, *, overwrite: bool) -> Path:
+    """Create `folder` if need be and prove that it can be written to, before any work is done for it."""
+    folder = Path(folder)
+    try:
+        if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+            raise CheckpointExistsError(f"{folder} exists and is not empty. Choose another folder, or say overwrite=True.")
+        folder.mkdir(parents=True, exist_ok=True)
+        trial = folder / f".trial-{secrets.token_hex(4)}"
+        trial.touch()
+        trial.unlink()
+    except CheckpointExistsError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written to ({error.strerror or error}). Choose another folder; nothing was written.") from error
+    return folder
+
+
+def _atomically(target: Path, write: Callable[[Path], None]) -> None:
+    temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except OSError as error:
+        raise CheckpointError(
+            f"{target} could not be written ({error.strerror or error}). What was there before is untouched; free space or choose another "
+            "folder."
+        ) from error
+    except SafetensorError as error:
+        raise CheckpointError(f"{target} could not be written ({error}). What was there before is untouched.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write tensors to ``<stem>.<hash>.safetensors`` and return its entry for the manifest."""
+    apart = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}  # no shared storage, no views
+    unnamed = folder / f".{stem}.{os.getpid()}-{secrets.token_hex(4)}.new"
+    try:
+        _atomically(unnamed, lambda path: save_file(apart, path, metadata={"format": "pt"}))
+        digest = _hash(unnamed)
+        entry = {"file": f"{stem}.{digest[:12]}.safetensors", "sha256": digest, "bytes": unnamed.stat().st_size}
+        os.replace(unnamed, folder / entry["file"])
+    finally:
+        with contextlib.suppress(OSError):
+            unnamed.unlink(missing_ok=True)
+    return entry
+
+
+def write_folder(folder: Path, stem: str, write: Callable[[Path], Any]) -> dict[str, Any]:
+    """Let `write` fill a new folder, name it after its content, and return its entry for the manifest."""
+    temporary = folder / f".{stem}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    temporary.mkdir()
+    try:
+        write(temporary)
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        digest = hashlib.sha256("".join(f"{p.relative_to(temporary)}:{_hash(p)};" for p in files).encode()).hexdigest()
+        target = folder / f"{stem}.{digest[:12]}"
+        if not target.exists():
+            os.replace(temporary, target)
+    except OSError as error:
+        raise CheckpointError(f"{folder / stem} could not be written ({error}). What was there before is untouched.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return {"folder": target.name, "sha256": digest}
+
+
+def replace_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file in one step: readers see the old one or the new one."""
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    _atomically(path, lambda temporary: _write_text(temporary, text))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def remove_stale(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Remove the files that only the previous manifest named. Those of a writer at work beside us are none of ours."""
+
+    def names(manifest: Any) -> set[str]:
+        if not isinstance(manifest, Mapping):
+            return set()
+        own = {str(manifest[key]) for key in ("file", "folder") if isinstance(manifest.get(key), str)}
+        return own.union(*(names(value) for value in manifest.values()))
+
+    for name in names(before) - names(now):
+        if _FILE_NAME.fullmatch(name):
+            path = folder / name
+            with contextlib.suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object strictly: no duplicate keys, no NaN."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        if twice:
+            raise CheckpointError(f"{path}: the key {twice[0]!r} stands there twice. Write it again with tl_codebook.save.")
+        return dict(pairs)
+
+    def no_constant(text: str) -> Any:
+        raise CheckpointError(f"{path}: {text} is no JSON value. Write the file again with tl_codebook.save.")
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique, parse_constant=no_constant)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} holds no {path.name}. Give a folder written by tl_codebook.save.") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}). It is incomplete or damaged: copy it again.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not an object. Write it again with tl_codebook.save.")
+    return content
+
+
+def resolve(folder: Path, name: Any) -> Path:
+    """Return the file or folder that a manifest names, refusing whatever lies outside."""
+    if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
+        raise CheckpointError(f"{folder}: its manifest names {name!r}. File names may hold A-Z a-z 0-9 . _ - and be 64 long; do not use it.")
+    path = folder / name
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing, though the manifest names it. The copy is incomplete: copy it again.")
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise CheckpointError(f"{path} is a link to {path.resolve()}, outside the checkpoint. Copy the file itself.")
+    return path
+
+
+def read_tensors(folder: Path, entry: Any, expected: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, Tensor]:
+    """Read the safetensors file of a manifest entry after checking its size, hash, keys, shapes and dtypes."""
+    if not isinstance(entry, dict) or set(entry) != {"file", "sha256", "bytes"}:
+        raise CheckpointError(f"{folder}: its manifest has a file entry {entry!r}. It needs file, sha256 and bytes; write it again.")
+    path = resolve(folder, entry["file"])
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"{path} is not a safetensors file, and nothing else is read.")
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        raise CheckpointError(f"{path} is incomplete: it has {size} bytes, the manifest says {entry['bytes']}. Copy it again.")
+    if _hash(path) != entry["sha256"]:
+        raise CheckpointError(f"{path} is not the file that was written: its sha256 differs from the manifest's. Copy it again.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = set(file.keys())
+            if expected is not None:
+                if keys != set(expected):
+                    missing, extra = sorted(set(expected) - keys), sorted(keys - set(expected))
+                    raise CheckpointError(f"{path}: missing tensors {missing}, unexpected tensors {extra}. Copy it again.")
+                for key, shape in expected.items():
+                    found = tuple(file.get_slice(key).get_shape())
+                    if found != shape:
+                        raise CheckpointError(f"{path}: {key!r} has shape {found}, the manifest says {shape}. Copy it again.")
+            tensors = {key: file.get_tensor(key) for key in keys}
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged ({error}). Copy it again.") from error
+    except torch.OutOfMemoryError as error:
+        raise CheckpointError(f"{path} does not fit the memory ({error}).") from error
+    return tensors
