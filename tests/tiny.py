@@ -52,7 +52,7 @@ def make_hf(architecture: str, **changes: Any) -> Any:
     if architecture == "gpt2":
         config = hf.GPT2Config(n_embd=D_MODEL, n_layer=N_LAYERS, n_head=N_HEADS, n_positions=N_CTX, n_inner=48, **common | changes)
     elif architecture == "neox":
-        sizes = dict(hidden_size=D_MODEL, intermediate_size=64, num_hidden_layers=N_LAYERS, num_attention_heads=N_HEADS)
+        sizes = {"hidden_size": D_MODEL, "intermediate_size": 64, "num_hidden_layers": N_LAYERS, "num_attention_heads": N_HEADS}
         config = hf.GPTNeoXConfig(**sizes, max_position_embeddings=N_CTX, **common | changes)
     elif architecture == "neo":
         config = hf.GPTNeoConfig(
@@ -65,16 +65,16 @@ def make_hf(architecture: str, **changes: Any) -> Any:
             **common | changes,
         )
     elif architecture == "llama":
-        sizes = dict(hidden_size=D_MODEL, intermediate_size=48, num_hidden_layers=N_LAYERS, num_attention_heads=N_HEADS)
+        sizes = {"hidden_size": D_MODEL, "intermediate_size": 48, "num_hidden_layers": N_LAYERS, "num_attention_heads": N_HEADS}
         config = hf.LlamaConfig(**sizes, num_key_value_heads=2, max_position_embeddings=N_CTX, **common | changes)
     elif architecture in ODD_ARCHITECTURES:
-        sizes = dict(hidden_size=D_MODEL, num_hidden_layers=N_LAYERS, num_attention_heads=N_HEADS, max_position_embeddings=N_CTX)
+        sizes = {"hidden_size": D_MODEL, "num_hidden_layers": N_LAYERS, "num_attention_heads": N_HEADS, "max_position_embeddings": N_CTX}
         if architecture == "opt":
-            sizes |= dict(ffn_dim=48, word_embed_proj_dim=D_MODEL, dropout=0.0)
+            sizes |= {"ffn_dim": 48, "word_embed_proj_dim": D_MODEL, "dropout": 0.0}
         else:
-            sizes |= dict(intermediate_size=48, num_key_value_heads=2)
+            sizes |= {"intermediate_size": 48, "num_key_value_heads": 2}
         if architecture == "mixtral":
-            sizes |= dict(num_local_experts=2, num_experts_per_tok=1)
+            sizes |= {"num_local_experts": 2, "num_experts_per_tok": 1}
         config = getattr(hf, ODD_ARCHITECTURES[architecture])(**sizes, **common | changes)
     else:
         raise ValueError(architecture)
@@ -93,7 +93,17 @@ def make_host(kind: str) -> Any:
     """Build a tiny host: ``hooked-gpt2``, ``bridge-llama`` and so on, or ``native``."""
     if kind == "native":
         host = HOSTS[0]
-        settings = dict(n_layers=2, d_model=32, n_ctx=N_CTX, d_head=8, n_heads=4, d_mlp=64, d_vocab=VOCABULARY, act_fn="gelu", seed=0)
+        settings = {
+            "n_layers": 2,
+            "d_model": 32,
+            "n_ctx": N_CTX,
+            "d_head": 8,
+            "n_heads": 4,
+            "d_mlp": 64,
+            "d_vocab": VOCABULARY,
+            "act_fn": "gelu",
+            "seed": 0,
+        }
         if host == "hooked":
             from transformer_lens import HookedTransformer, HookedTransformerConfig
 
@@ -107,7 +117,17 @@ def make_native_bridge(**settings: Any) -> Any:
     from transformer_lens.config import TransformerBridgeConfig
     from transformer_lens.model_bridge import TransformerBridge
 
-    sizes = dict(n_layers=2, d_model=32, n_ctx=N_CTX, d_head=8, n_heads=4, d_mlp=64, d_vocab=VOCABULARY, act_fn="gelu", seed=0)
+    sizes = {
+        "n_layers": 2,
+        "d_model": 32,
+        "n_ctx": N_CTX,
+        "d_head": 8,
+        "n_heads": 4,
+        "d_mlp": 64,
+        "d_vocab": VOCABULARY,
+        "act_fn": "gelu",
+        "seed": 0,
+    }
     return TransformerBridge.boot_native(TransformerBridgeConfig(**sizes | settings), make_tokenizer()).eval()
 
 

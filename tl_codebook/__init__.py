@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     from tl_codebook.checkpoint import Codebooks, load, save
     from tl_codebook.codebook import Codebook, CodebookConfig
     from tl_codebook.convert.huggingface import load_hf
-    from tl_codebook.fingerprint import fingerprint
+    from tl_codebook.basis import fingerprint
     from tl_codebook.interventions import ban_code, force_code, patch_codes, swap_codes
     from tl_codebook.names import Address, Code
     from tl_codebook.steering import steer
+    from tl_codebook.training import CodebookTrainer, CodebookTrainingConfig, initialise_codes_, load_dataset_from
 
 __version__ = "0.1.0"
 
@@ -25,15 +26,19 @@ _HOME = {
     "Code": "names",
     "Codebook": "codebook",
     "CodebookConfig": "codebook",
+    "CodebookTrainer": "training",
+    "CodebookTrainingConfig": "training",
     "Codebooks": "checkpoint",
     "attach": "attachment",
     "ban_code": "interventions",
     "bypassed": "attachment",
     "count_usage": "attachment",
     "detach": "attachment",
-    "fingerprint": "fingerprint",
+    "fingerprint": "basis",
     "force_code": "interventions",
+    "initialise_codes_": "training",
     "load": "checkpoint",
+    "load_dataset_from": "training",
     "load_hf": "convert.huggingface",
     "masked": "attachment",
     "patch_codes": "interventions",
@@ -49,6 +54,8 @@ __all__ = [
     "Code",
     "Codebook",
     "CodebookConfig",
+    "CodebookTrainer",
+    "CodebookTrainingConfig",
     "Codebooks",
     "attach",
     "ban_code",
@@ -57,7 +64,9 @@ __all__ = [
     "detach",
     "fingerprint",
     "force_code",
+    "initialise_codes_",
     "load",
+    "load_dataset_from",
     "load_hf",
     "masked",
     "patch_codes",

@@ -73,7 +73,7 @@ def attach(
         except TypeError:
             unknown = sorted(set(config) - {"similarity", "selection", "input_norm", "reduce"})
             known = ["similarity", "selection", "input_norm", "reduce"]
-            raise ConfigError(f"attach has no option {unknown[0]!r}. {nearest(unknown[0], known)} Options: {' '.join(known)}.") from None
+            raise ConfigError(f"attach has no option {unknown[0]!r}. {nearest(unknown[0], known)}Options: {' '.join(known)}.") from None
         wanted = dict.fromkeys(hosts.resolve_sites(model, sites, layers), settings)
     if getattr(sites, "basis", None) is not None:
         sites.basis.check(model, wanted)  # type: ignore[union-attr]
@@ -293,7 +293,7 @@ def match_sites(model: Any, names: str | Iterable[str] | None = None) -> list[Co
             matching = [n for n in points if n == name or (name in model.hook_dict and model.hook_dict[name] is points[n])]
         if not matching:
             raise UnknownHookError(
-                f"no codebook sits at {name!r}. {nearest(name, points)} Codebooks sit at: {', '.join(points) or 'no site; call attach first'}."
+                f"no codebook sits at {name!r}. {nearest(name, points)}Codebooks sit at: {', '.join(points) or 'no site; call attach first'}."
             )
         found |= {n: points[n] for n in matching}
     return list(found.values())

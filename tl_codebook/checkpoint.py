@@ -1,7 +1,7 @@
 """Save and load codebook models, and codebooks alone.
 
 A checkpoint is a folder: ``tl_codebook.json`` (what is in it), ``codes.<hash>.safetensors``, and for a whole model its weights and its
-tokenizer. Codebooks attach to any model in the basis that they were trained in; see `tl_codebook.fingerprint`.
+tokenizer. Codebooks attach to any model in the basis that they were trained in; see `tl_codebook.basis`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from tl_codebook.attachment import attach, sites
 from tl_codebook.building import bridge_around, hooked_from_config, native_bridge
 from tl_codebook.codebook import Codebook, CodebookConfig
 from tl_codebook.errors import AttachError, CheckpointError, ConfigError
-from tl_codebook.fingerprint import Basis, fingerprint
+from tl_codebook.basis import Basis, fingerprint
 
-__all__ = ["MANIFEST", "Codebooks", "load", "save"]
+__all__ = ["MANIFEST", "Codebooks", "load", "restore_", "save"]
 
 MANIFEST = "tl_codebook.json"
 FORMAT_VERSION = 1
@@ -247,6 +247,21 @@ def load(folder: str | Path, *, device: str | torch.device | None = None, allow_
         book.eval()
     attach(model, books)
     return model if device is None else model.to(device)
+
+
+def restore_(model: Any, folder: str | Path) -> None:
+    """Bring a model that is here, codebooks and all, back to what `save` wrote of it."""
+    folder, model = Path(folder), hosts.as_host(model)
+    manifest = files.read_json(folder / MANIFEST)
+    books = _read_books(folder, manifest, allow_nonfinite=False)
+    here = sites(model)
+    if {name: book.config for name, book in books.items()} != {name: point.codebook.config for name, point in here.items()}:
+        raise CheckpointError(f"{folder} has codebooks at {sorted(books)}, the model at {sorted(here)}, or of another configuration.")
+    if not isinstance(manifest["model"], dict):
+        raise CheckpointError(f"{folder} holds codebooks and no model, so nothing can be restored from it.")
+    _put_weights(model, files.read_tensors(folder, manifest["model"].get("weights")), folder)
+    for name, book in books.items():
+        here[name].codebook.load_state_dict(book.state_dict())
 
 
 def _build(host: Any, config: dict[str, Any], tokenizer: Any, folder: Path) -> Any:

@@ -158,14 +158,15 @@ class Usage:
         n_groups, n_codes = self.counts.shape
         y, q, ids = y.flatten(0, -3).double(), q.flatten(0, -3).double(), ids.flatten(0, -3)
         keep = torch.ones(y.shape[0], dtype=torch.bool, device=y.device) if mask is None else mask.reshape(-1)
-        weight = keep.double().unsqueeze(-1)
+        keep = keep & torch.isfinite(y).all(-1).all(-1)
+        y, q = y.masked_fill(~keep[:, None, None], 0.0), q.masked_fill(~keep[:, None, None], 0.0)
         fired = (ids >= 0) & keep[:, None, None]
         rows = ids.clamp(min=0) + torch.arange(n_groups, device=ids.device)[:, None] * n_codes
         self.counts.view(-1).index_add_(0, rows.reshape(-1), fired.reshape(-1).long())
         self.n_vectors += keep.sum()
-        self.error += ((q - y).square().sum(-1) * weight).sum(0)
-        self.total += (y * weight.unsqueeze(-1)).sum(0)
-        self.square += (y.square().sum(-1) * weight).sum(0)
+        self.error += (q - y).square().sum((0, -1))
+        self.total += y.sum(0)
+        self.square += y.square().sum((0, -1))
 
     @property
     def dead_fraction(self) -> float:
@@ -223,6 +224,8 @@ class Codebook(nn.Module):
         self.on_nonfinite = on_nonfinite
         self.label = ""
         """The site that `attach` put the codebook at; it opens the messages of errors."""
+        self.fresh = True
+        """True while the codes are the noise that they start as; k-means, training and loading end it."""
         self.lm_gradient_to_codes = True
         """False detaches the codes from what comes after (the VQ-VAE estimator); their only gradient is the reconstruction term."""
         self.count_when: Literal["train", "always", "never"] = "train"
@@ -258,6 +261,10 @@ class Codebook(nn.Module):
     def k(self) -> int:
         """Return how many codes are chosen per group and position."""
         return self.config.k
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.fresh = False
 
     def extra_repr(self) -> str:
         """Describe the codebook in the printed module tree."""
@@ -318,10 +325,9 @@ class Codebook(nn.Module):
             q = torch.where(torch.isfinite(y).all(-1, keepdim=True), q, torch.nan)
         recomputing = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1  # gradient checkpointing
         mask = self._mask_for(y)
-        if self.training and torch.is_grad_enabled():
-            terms = self._terms(y, q, mask)
-            if not recomputing:
-                self.terms = terms
+        terms = self._terms(y, q, mask) if self.training and torch.is_grad_enabled() else None
+        if not recomputing:
+            self.terms = terms
         if not recomputing:
             if self.count_when == "always" or (self.count_when == "train" and self.training):
                 with torch.no_grad():
@@ -343,10 +349,10 @@ class Codebook(nn.Module):
 
     def _terms(self, y: Tensor, q: Tensor, mask: Tensor | None) -> SnapTerms:
         def mean_square(difference: Tensor) -> Tensor:
-            per_vector = difference.float().square().sum((-1, -2)).reshape(-1)
             if mask is None:
-                return per_vector.mean()
-            return (per_vector * mask.reshape(-1)).sum() / mask.sum().clamp(min=1)
+                return difference.float().square().sum((-1, -2)).mean()
+            inside = difference.masked_fill(~mask.reshape(*difference.shape[:-2], 1, 1), 0.0)  # NaN * 0 would be NaN
+            return inside.float().square().sum() / mask.sum().clamp(min=1)
 
         return SnapTerms(mean_square(q - y.detach()), mean_square(q.detach() - y), self.d_in)
 

@@ -1,6 +1,6 @@
 """The exceptions of tl_codebook.
 
-Every one of them is a `CodebookError` and also the builtin that people already catch::
+Each is a `CodebookError` and also the builtin that people already catch (the two warnings are `UserWarning`)::
 
     CodebookError
     ├── ConfigError          ValueError        a configuration that cannot be
@@ -14,7 +14,7 @@ Every one of them is a `CodebookError` and also the builtin that people already 
     ├── HookNeverFiredError  RuntimeError      a hook or site that nothing ever reached
     ├── BasisMismatchError   ValueError        codes trained in another basis than the model's
     ├── CheckpointError      ValueError        files that are incomplete, wrong or unsafe
-    ├── CheckpointExistsError FileExistsError  a target that would be overwritten
+    │   └── CheckpointExistsError  FileExistsError   a target that would be overwritten
     ├── DataError            ValueError        a dataset or a text that cannot be used
     └── TrainingError        RuntimeError      a run that cannot start or go on
 
@@ -117,12 +117,12 @@ class EmptyInterventionWarning(UserWarning):
 
 
 def nearest(asked: str, known: Iterable[str], n: int = 3) -> str:
-    """Return the advice ``Did you mean ...?`` for a name that does not exist, or an empty string.
+    """Return the advice ``Did you mean ...? `` (with a space to go on after) for a name that does not exist, or an empty string.
 
     >>> nearest("blocks.3.hook_mlpout", ["blocks.3.hook_mlp_out", "hook_embed"])
-    "Did you mean 'blocks.3.hook_mlp_out'?"
+    "Did you mean 'blocks.3.hook_mlp_out'? "
     """
     close = difflib.get_close_matches(asked, list(known), n=n, cutoff=0.6)
     if not close:
         return ""
-    return "Did you mean " + " or ".join(repr(name) for name in close) + "?"
+    return "Did you mean " + " or ".join(repr(name) for name in close) + "? "

@@ -99,7 +99,7 @@ def unknown_hook(model: Any, name: str) -> UnknownHookError:
     layer, site = split_hook_name(name.removesuffix(".hook_codes").removesuffix(".hook_x"))
     kind = "TransformerBridge" if is_bridge(model) else "HookedTransformer"
     text = f"no hook point {name!r} on this {kind} ({n_layers(model)} layers)."
-    advice = nearest(name, model.hook_dict)
+    advice = nearest(name, model.hook_dict).strip()
     if layer is not None and layer >= n_layers(model):
         advice = f"Layers go from 0 to {n_layers(model) - 1}."
     elif site == "resid_mid":
@@ -119,7 +119,7 @@ def resolve_sites(model: Any, sites: str | Sequence[str], layers: int | Sequence
         raise UnknownHookError(f"no site was given. Give one or more of: {' '.join(SITES)}.")
     for site in wanted:
         if site not in SITES:
-            raise UnknownHookError(f"no site {site!r}. {nearest(str(site), SITES)} Sites: {' '.join(SITES)}.")
+            raise UnknownHookError(f"no site {site!r}. {nearest(str(site), SITES)}Sites: {' '.join(SITES)}.")
     total = n_layers(model)
     chosen = range(total) if layers is None else [layers] if isinstance(layers, int) else list(layers)
     for layer in chosen:
@@ -249,7 +249,7 @@ class StrictRegistry(dict[str, HookPoint]):
         if not found and isinstance(name, CodesHookName):
             have = [key for key in self if key.endswith(".hook_codes")]
             raise UnknownHookError(
-                f"no hook point {str(name)!r} on {self.model_text}. {nearest(name, have)} Codebooks sit at: "
+                f"no hook point {str(name)!r} on {self.model_text}. {nearest(name, have)}Codebooks sit at: "
                 f"{', '.join(key.removesuffix('.hook_codes') for key in have) or 'no site; call attach first'}."
             )
         return found

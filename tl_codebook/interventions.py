@@ -333,7 +333,7 @@ def patch_codes(
         if name not in source:
             have = [key for key in source.keys() if key.endswith(".hook_codes")]
             raise UnknownHookError(
-                f"the source has no {str(name)!r}. {nearest(name, have)} It has codes of: {', '.join(have) or 'no site'}; cache with "
+                f"the source has no {str(name)!r}. {nearest(name, have)}It has codes of: {', '.join(have) or 'no site'}; cache with "
                 "run_with_cache while the codebook is attached."
             )
         source = source[name]

@@ -56,8 +56,8 @@ CODES, INPUT = "hook_codes", "hook_x"
 """The hook points under a site: the ids, and what goes into the codebook."""
 
 _SITE_OF = {tail: site for site, tail in SITES.items()}
-_BLOCK = re.compile(r"blocks\.(\d+)\.([A-Za-z_][\w.]*)")
-_ADDRESS = re.compile(r"(?:L(?P<layer>\d+)\.)?(?P<site>[A-Za-z_]\w*(?:\.(?:\d+\.)?[A-Za-z_]\w*)*)(?:\.(?P<group>\d+))?")
+_BLOCK = re.compile(r"blocks\.(\d+)\.([A-Za-z_][\w.]*)", re.ASCII)
+_ADDRESS = re.compile(r"(?:L(?P<layer>\d+)\.)?(?P<site>[A-Za-z_]\w*(?:\.(?:\d+\.)?[A-Za-z_]\w*)*)(?:\.(?P<group>\d+))?", re.ASCII)
 
 
 def hook_name(layer: int | None, site: str) -> str:
@@ -69,7 +69,7 @@ def hook_name(layer: int | None, site: str) -> str:
     if layer is None:
         return site
     if site not in SITES:
-        raise LabelError(f"no site {site!r}. {nearest(site, SITES)} Sites: {' '.join(SITES)}.")
+        raise LabelError(f"no site {site!r}. {nearest(site, SITES)}Sites: {' '.join(SITES)}.")
     return f"blocks.{layer}.{SITES[site]}"
 
 
@@ -104,14 +104,15 @@ def input_hook(name: str) -> str:
 def _whole(value: Any, what: str) -> int:
     """Accept ints and integer tensors or numpy integers; refuse bools, floats, strings and negatives."""
     kind = str(getattr(value, "dtype", type(value).__name__))
+    error = InvalidCodeError if what == "code" else LabelError
     if isinstance(value, bool) or "bool" in kind:
-        raise InvalidCodeError(f"{what} {value!r} is a bool. Give a whole number >= 0.")
+        raise error(f"{what} {value!r} is a bool. Give a whole number >= 0.")
     try:
         number = operator.index(value)
     except TypeError:
-        raise InvalidCodeError(f"{what} {value!r} is a {type(value).__name__}. Give a whole number >= 0.") from None
+        raise error(f"{what} {value!r} is a {type(value).__name__}. Give a whole number >= 0.") from None
     if number < 0:
-        raise InvalidCodeError(
+        raise error(
             f"{what} {number} is negative, and negative ids do not count from the end. Give a whole number >= 0."
         )
     return number
@@ -132,6 +133,8 @@ class Address:
     group: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.site, str):
+            raise LabelError(f"site {self.site!r} is a {type(self.site).__name__}. Give one of {' '.join(SITES)}, or a hook name.")
         if self.layer is None:
             layer, site = split_hook_name(self.site)
             object.__setattr__(self, "layer", layer)
@@ -141,7 +144,7 @@ class Address:
         if self.group is not None:
             object.__setattr__(self, "group", _whole(self.group, "group"))
         if self.layer is None:
-            if "hook_" not in self.site or not _ADDRESS.fullmatch(self.site):
+            if "hook_" not in self.site or not _ADDRESS.fullmatch(self.site) or self.site.endswith((f".{CODES}", f".{INPUT}")):
                 raise LabelError(
                     f"{self.site!r} is neither a site with a layer nor a hook name. "
                     "Write 'L3.mlp_out', 'L5.z.2' or 'blocks.0.mlp.hook_pre'."
@@ -226,7 +229,9 @@ class Code:
             self.code,
         )
 
-    def __lt__(self, other: Code) -> bool:
+    def __lt__(self, other: Any) -> bool:
+        if not isinstance(other, Code):
+            return NotImplemented
         return self._order() < other._order()
 
 
@@ -262,11 +267,12 @@ def as_address(
 
 def as_code(code: Any = None, **parts: Any) -> Code:
     """Return a `Code` from a `Code`, a label, or ``layer= site= group= code=`` (``head=`` is ``group=``)."""
-    if isinstance(code, Code) and not any(value is not None for value in parts.values()):
+    given = any(value is not None for value in parts.values())
+    if isinstance(code, Code) and not given:
         return code
-    if isinstance(code, str) and ":" in code:
-        if any(value is not None for value in parts.values()):
-            raise LabelError(f"the label {code!r} was given together with layer=, site=, group= or head=. Give one or the other.")
+    if isinstance(code, Code) or (isinstance(code, str) and ":" in code):
+        if given:
+            raise LabelError(f"the code {str(code)!r} was given together with layer=, site=, group= or head=. Give one or the other.")
         return Code.parse(code)
     if isinstance(code, str | Code):
         raise LabelError(f"cannot read {code!r} as a code. Write '<address>:<code>', such as 'L3.mlp_out:417' or 'L5.z.2:88'.")

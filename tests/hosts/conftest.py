@@ -1,8 +1,18 @@
 """The host fixtures: the same tests on HookedTransformer and TransformerBridge, for every architecture."""
 
 import pytest
+import torch
 
 from tests.tiny import ARCHITECTURES, HOSTS, KINDS, make_host
+
+
+@pytest.fixture(autouse=True, scope="package")
+def _one_thread():
+    """Threads cost more than they bring where a layer takes microseconds."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=KINDS)

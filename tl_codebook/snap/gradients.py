@@ -21,13 +21,16 @@ def decode_bag(
     n_slots = ids.shape[-1]
     offsets = torch.arange(n_groups, device=ids.device).unsqueeze(-1) * n_codes
     rows = (ids.clamp(min=0) + offsets).reshape(-1, n_slots)
-    weights = (ids >= 0).to(codes.dtype)
+    table = codes.flatten(0, 1)
+    if codes.dtype != torch.float64:
+        table = table.float()  # gradients of half precision would stop adding up at 256 (bf16) or 2048 (fp16)
+    weights = (ids >= 0).to(table.dtype)
     if reduce == "mean":
         weights = weights / (ids > -2).sum(-1, keepdim=True).clamp(min=1)
     bag = torch.nn.functional.embedding_bag(
-        rows, codes.flatten(0, 1), mode="sum", per_sample_weights=weights.reshape(-1, n_slots)
+        rows, table, mode="sum", per_sample_weights=weights.reshape(-1, n_slots)
     )
-    return bag.reshape(*ids.shape[:-1], d_group)
+    return bag.reshape(*ids.shape[:-1], d_group).to(codes.dtype)
 
 
 def straight_through(y: Float[Tensor, "*shape"], q: Float[Tensor, "*shape"], to_codes: bool = True) -> Float[Tensor, "*shape"]:

@@ -1,0 +1,18 @@
+"""Train codebooks: the trainer, its recipe, and the pieces that it is made of."""
+
+from tl_codebook.training.config import CodebookTrainingConfig
+from tl_codebook.training.data import collate, load_dataset_from, tokenize_dataset
+from tl_codebook.training.initialisation import initialise_codes_
+from tl_codebook.training.losses import codebook_loss, parameter_groups
+from tl_codebook.training.trainer import CodebookTrainer
+
+__all__ = [
+    "CodebookTrainer",
+    "CodebookTrainingConfig",
+    "codebook_loss",
+    "collate",
+    "initialise_codes_",
+    "load_dataset_from",
+    "parameter_groups",
+    "tokenize_dataset",
+]

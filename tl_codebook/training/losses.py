@@ -1,0 +1,105 @@
+"""The language model with its codebooks as one trainable module, and its loss."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from tl_codebook.attachment import masked, sites
+from tl_codebook.codebook import Codebook
+from tl_codebook.errors import TrainingError
+from tl_codebook.training.config import CodebookTrainingConfig
+
+__all__ = ["LanguageModel", "codebook_loss", "parameter_groups"]
+
+
+def codebook_loss(books: Iterable[Codebook], config: CodebookTrainingConfig) -> Float[Tensor, ""]:
+    """Weigh and add up the loss terms that the codebooks kept of the last forward pass in training mode.
+
+    >>> from tl_codebook.codebook import Codebook, CodebookConfig
+    >>> book = Codebook(4, CodebookConfig(n_codes=2)).train()
+    >>> book.codes.data = torch.tensor([[[0.0, 0, 0, 0], [9.0, 9, 9, 9]]])
+    >>> _ = book(torch.tensor([[1.0, 1, 1, 1]]))
+    >>> codebook_loss([book], CodebookTrainingConfig(reconstruction=1.0, commitment=0.5)).item()
+    1.5
+    """
+    total: Tensor | float = 0.0
+    for book in books:
+        if book.terms is None:
+            raise TrainingError(
+                f"{book.label or 'a codebook'} has no loss terms: its last forward pass was not in training mode, or ran under reentrant "
+                "gradient checkpointing, which keeps no graph. Call model.train(), or checkpoint with use_reentrant=False."
+            )
+        scale = 1.0 / book.d_in if config.per_dimension else 1.0
+        total = total + scale * (config.reconstruction * book.terms.reconstruction + config.commitment * book.terms.commitment)
+    return total if isinstance(total, Tensor) else torch.tensor(total)
+
+
+class LanguageModel(nn.Module):
+    """A host as HF's `Trainer` wants a model: labels in, loss out; the codebooks' loss terms are part of it."""
+
+    accepts_loss_kwargs = True  # Trainer then says how many tokens the whole batch has, over steps and processes
+
+    def __init__(self, hooked: Any, config: CodebookTrainingConfig):
+        super().__init__()
+        self.hooked = hooked
+        self.training_config = config
+
+    def to(self, *args: Any, **kwargs: Any) -> LanguageModel:
+        """Move the host by its own method, which knows more than `Module.to` (its config, its registry)."""
+        quiet = {"print_details": False} if "print_details" in inspect.signature(self.hooked.to).parameters else {}
+        self.hooked.to(*args, **kwargs, **quiet)
+        return self
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch pos"],
+        attention_mask: Int[Tensor, "batch pos"] | None = None,
+        labels: Int[Tensor, "batch pos"] | None = None,
+        num_items_in_batch: Any = None,
+    ) -> dict[str, Tensor]:
+        """Return the loss (language model plus codebooks), per-sequence sums (loss, tokens, correct) and the logits."""
+        # With padding on the right a causal model needs no mask; hosts differ in what they do with one.
+        left_padded = attention_mask is not None and bool((attention_mask[:, 0] == 0).any())
+        kwargs = {"attention_mask": attention_mask} if left_padded else {}
+        with masked(self.hooked, attention_mask):
+            logits = self.hooked(input_ids, return_type="logits", **kwargs)
+        if labels is None:
+            return {"logits": logits}
+        targets = labels[:, 1:]
+        losses = nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
+        losses = losses.view(targets.shape)
+        valid = targets != -100
+        n_targets = valid.sum()
+        loss = losses.sum() / n_targets.clamp(min=1)
+        if self.training:
+            loss = loss + codebook_loss((p.codebook for p in sites(self.hooked).values() if p.enabled), self.training_config)
+        if num_items_in_batch is not None:
+            loss = loss * n_targets / num_items_in_batch
+        correct = (logits[:, :-1].argmax(-1) == targets) & valid
+        sums = torch.stack([losses.sum(-1), valid.sum(-1).float(), correct.sum(-1).float()], dim=-1).detach()
+        return {"loss": loss, "sums": sums, "logits": logits}
+
+
+def parameter_groups(model: Any, *, codes_learning_rate: float, learning_rate: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    """Split the trainable parameters into those of the codebooks (no weight decay) and those of the base.
+
+    Source: the optimiser groups of the original library, with every live parameter in its group.
+
+    >>> from tl_codebook import attach
+    >>> _ = attach(model, "mlp_out", n_codes=16)
+    >>> [len(group["params"]) for group in parameter_groups(model, codes_learning_rate=1e-3, learning_rate=5e-4)][0]
+    2
+    """
+    own = [p for point in sites(model).values() for p in point.codebook.parameters() if p.requires_grad]
+    ids = {id(p) for p in own}
+    base = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
+    groups = [{"params": own, "lr": codes_learning_rate, "weight_decay": 0.0}]
+    if base:
+        groups.append({"params": base, "lr": learning_rate, "weight_decay": weight_decay})
+    return groups

@@ -1,0 +1,276 @@
+"""`CodebookTrainer`: Hugging Face's `Trainer` for a TransformerLens host with codebooks.
+
+What `Trainer` brings (progress bar, resume, `report_to`, accelerate, DDP) stays as it is. Added: codes from k-means before the first step, the
+codebooks' loss terms, their own learning rate, revival of dead codes, checkpoints that `tl_codebook.load` reads, metrics of the codes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from tl_codebook import files, hosts
+from tl_codebook.attachment import count_usage, sites
+from tl_codebook.checkpoint import MANIFEST, restore_, save
+from tl_codebook.errors import CheckpointError, NonFiniteError, TrainingError
+from tl_codebook.training.config import CodebookTrainingConfig
+from tl_codebook.training.data import collate, tokenize_dataset
+from tl_codebook.training.initialisation import initialise_codes_
+from tl_codebook.training.losses import LanguageModel, parameter_groups
+from tl_codebook.training.metrics import summarise_codes, summarise_sums
+from tl_codebook.training.revival import Reviver
+
+__all__ = ["CodebookTrainer"]
+
+_STATE = "tl_codebook_training.json"
+
+
+class CodebookTrainer(Trainer):
+    """Train the codebooks of a host, and the host with them unless the base is frozen.
+
+    Args:
+        model: A HookedTransformer or TransformerBridge with codebooks (`attach`).
+        args: Hugging Face's `TrainingArguments`; `learning_rate` is that of the base.
+        train_dataset, eval_dataset: A dataset with a ``text`` or ``input_ids`` column, texts, or rows; texts are packed to rows of
+            `context_length` tokens.
+        config: The recipe of the codes, `CodebookTrainingConfig.paper()` for the original's.
+        context_length: Tokens in a row; the model's context, at most 512, by default.
+        kwargs: Passed on to `Trainer` (callbacks, optimizers, compute_metrics ...).
+
+    Raises:
+        TrainingError: the model has no codebooks, or the arguments ask for what does not work with them (FSDP, DeepSpeed).
+        CheckpointError: the output directory cannot be written to, before anything is trained.
+        DataError: an empty or wrong dataset, before anything is trained.
+
+    Source: Tamkin et al. 2023, section 2; initialisation and revival as listed in `tl_codebook.training.config`.
+
+    >>> from tl_codebook import attach
+    >>> from transformers import TrainingArguments
+    >>> _ = attach(model, "mlp_out", n_codes=16, k=2)
+    >>> args = TrainingArguments(str(tmp_path), max_steps=2, report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True)
+    >>> trainer = CodebookTrainer(model, args, train_dataset=["w3 w4 w5 w6 w7 w8"] * 8, context_length=8)
+    >>> trainer.train().global_step
+    2
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        *,
+        config: CodebookTrainingConfig | None = None,
+        context_length: int | None = None,
+        **kwargs: Any,
+    ):
+        self.hooked = hosts.as_host(model)
+        self.training_config = config or CodebookTrainingConfig()
+        if not sites(self.hooked):
+            raise TrainingError("the model has no codebooks to train. Call attach(model, sites=..., n_codes=...) first.")
+        if getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
+            raise TrainingError("FSDP and DeepSpeed shard the codes away from where they are counted. Use DDP (accelerate launch).")
+        files.check_writable(args.output_dir, overwrite=True)
+        prepared = [
+            None if data is None else tokenize_dataset(data, self.hooked, context_length=context_length) for data in (train_dataset, eval_dataset)
+        ]
+        if prepared[0] is not None and args.per_device_train_batch_size > len(prepared[0]):
+            warnings.warn(
+                f"a batch of {args.per_device_train_batch_size} rows was asked for and the data has {len(prepared[0])}: every step sees all",
+                stacklevel=2,
+            )
+        wrapped = LanguageModel(self.hooked, self.training_config)
+        kwargs.setdefault("data_collator", collate)
+        super().__init__(model=wrapped, args=args, train_dataset=prepared[0], eval_dataset=prepared[1], **kwargs)
+        if self.compute_metrics is None:
+            self.compute_metrics = summarise_sums
+            self._sums_only = True
+        else:
+            self._sums_only = False
+        self._eval_books: dict[str, Any] | None = None
+        self.reviver: Reviver | None = None
+        self.add_callback(_CodebookCallback(self))
+
+    # --- the model and its parameters ---
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Build the optimiser of `args.optim` over two groups: codes (own rate, no decay) and base."""
+        if self.optimizer is None:
+            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            groups = parameter_groups(
+                self.hooked,
+                codes_learning_rate=self.training_config.codes_learning_rate,
+                learning_rate=self.args.learning_rate,
+                weight_decay=self.args.weight_decay,
+            )
+            self.optimizer = optimizer_class(groups, **settings)
+        return self.optimizer
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Start the codes if they are noise, then train; see `Trainer.train`."""
+        books = [point.codebook for point in sites(self.hooked).values()]
+        wanted = [(parameter, parameter.requires_grad) for parameter in self.hooked.parameters()]
+        own = {id(parameter) for book in books for parameter in book.parameters()}
+        routes = [(book, book.lm_gradient_to_codes) for book in books]
+        try:
+            for parameter, required in wanted:
+                parameter.requires_grad_(id(parameter) in own or (required and not self.training_config.freeze_base))
+            for book in books:
+                book.lm_gradient_to_codes = self.training_config.lm_gradient_to_codes
+            if not resume_from_checkpoint:
+                self.start_codes()
+            self.reviver = Reviver(self.hooked, self._gather_rows, seed=self.args.seed)
+            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"step {self.state.global_step + 1}: {error} The last checkpoint is untouched.") from error
+        finally:
+            for parameter, required in wanted:
+                parameter.requires_grad_(required)
+            for book, route in routes:
+                book.lm_gradient_to_codes = route
+            if self.reviver is not None:
+                self.reviver.watch(False)
+        for book in books:
+            book.fresh = False
+        return result
+
+    def start_codes(self) -> None:
+        """Set codes that are still noise by k-means on the first rows of the training data; on every process the same."""
+        fresh = [name for name, point in sites(self.hooked).items() if point.codebook.fresh]
+        if self.training_config.init == "none" or not fresh or self.train_dataset is None:
+            return
+        if self.accelerator.is_main_process:
+            rows, n_tokens = [], 0
+            for row in self.train_dataset:
+                rows.append(row)
+                n_tokens += sum(row["attention_mask"]) if row.get("attention_mask") is not None else len(row["input_ids"])
+                if n_tokens >= self.training_config.init_tokens:
+                    break
+            batch = collate(rows)
+            self._move_model_to_device(self.model, self.args.device)
+            initialise_codes_(
+                self.hooked,
+                batch["input_ids"],
+                mask=batch["attention_mask"].bool(),
+                names=fresh,
+                n_iterations=self.training_config.init_iterations,
+                seed=self.args.seed,
+                progress=not self.args.disable_tqdm,
+            )
+        if self.accelerator.num_processes > 1:
+            for name, point in sites(self.hooked).items():
+                if name in fresh:
+                    value = point.codebook.codes.data.to(self.args.device)
+                    torch.distributed.broadcast(value, src=0)
+                    point.codebook.codes.data.copy_(value)
+                    point.codebook.fresh = False
+
+    def _gather_rows(self, rows: Tensor) -> Tensor:
+        """Concatenate the rows of all processes, in their order; processes may have different numbers of them."""
+        if self.accelerator.num_processes == 1:
+            return rows
+        if not rows.is_floating_point():
+            return self.accelerator.gather(rows)  # type: ignore[no-any-return]
+        padded = self.accelerator.pad_across_processes(rows.contiguous(), dim=0, pad_index=torch.nan)
+        everything = self.accelerator.gather(padded)
+        return everything[~everything.flatten(1)[:, 0].isnan()]  # type: ignore[no-any-return]
+
+    # --- evaluation ---
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as `Trainer` does, and add what the codes did: dead codes, perplexity, unexplained variance."""
+        with count_usage(self.hooked) as books:
+            output = super().evaluation_loop(*args, **kwargs)
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            output.metrics.update({f"{prefix}_{key}": value for key, value in summarise_codes(books, self._summed).items()})
+        return output
+
+    def _summed(self, tensor: Tensor) -> Tensor:
+        return tensor if self.accelerator.num_processes == 1 else self.accelerator.reduce(tensor.to(self.args.device), "sum")  # type: ignore[no-any-return]
+
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None) -> Any:
+        """Return sums per sequence instead of logits, so that loss and accuracy are means over tokens, whatever the batches."""
+        if not self._sums_only:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=(ignore_keys or []) + ["sums"])
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            sums = model(**inputs)["sums"]
+        return None, sums, inputs["labels"][:, :1]
+
+    # --- checkpoints ---
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save(self.hooked, folder, overwrite=True)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # The checkpoint is complete when HF has written its own files; ours of the reviver go in first, under the folder's final name.
+        counts = {} if self.reviver is None else self.reviver.counts()
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            if folder.is_dir():
+                usage = {
+                    f"{name}/{key}": value for name, point in sites(self.hooked).items() for key, value in point.codebook.usage.tensors().items()
+                }
+                entry = files.write_tensors(folder, "training", usage | {f"{name}/since": value for name, value in counts.items()})
+                files.replace_json(folder / _STATE, {"format_version": 1, "counts": entry, "run": self._run()})
+
+    def _run(self) -> dict[str, Any]:
+        """Describe what a resumed run must share with the one that it continues."""
+        return {
+            "config": self.training_config.to_dict(),
+            "data": getattr(self.train_dataset, "_fingerprint", None) if self.train_dataset is not None else None,
+            "rows": len(self.train_dataset) if self.train_dataset is not None else 0,
+            "seed": self.args.seed,
+            "batch": self.args.per_device_train_batch_size * self.accelerator.num_processes * self.args.gradient_accumulation_steps,
+        }
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        if not (folder / MANIFEST).is_file() or not (folder / _STATE).is_file():
+            raise CheckpointError(f"{folder} is no complete checkpoint of a codebook run. Give a checkpoint-<step> folder of the output directory.")
+        about = files.read_json(folder / _STATE)
+        then, now = about["run"], self._run()
+        differing = [f"{key}: {then.get(key)!r} then, {now[key]!r} now" for key in now if key != "data" and then.get(key) != now[key]]
+        if differing:
+            raise TrainingError(f"{folder} belongs to another run ({'; '.join(differing)}). Resume with the settings it began with.")
+        restore_(self.hooked, folder)
+        tensors = files.read_tensors(folder, about["counts"])
+        main = self.accelerator.is_main_process
+        for name, point in sites(self.hooked).items():
+            for key, value in point.codebook.usage.tensors().items():
+                value.copy_(tensors[f"{name}/{key}"]) if main else value.zero_()
+            point.codebook.fresh = False
+        if self.reviver is not None:
+            self.reviver.restore({name: tensors[f"{name}/since"] for name in sites(self.hooked)}, main=main)
+
+    def _load_best_model(self) -> None:
+        restore_(self.hooked, Path(self.state.best_model_checkpoint))
+
+
+class _CodebookCallback(TrainerCallback):
+    """Revives dead codes after a step."""
+
+    def __init__(self, trainer: CodebookTrainer):
+        self.trainer = trainer
+
+    def _due(self, args: TrainingArguments, step: int, max_steps: int) -> bool:
+        every = self.trainer.training_config.revive_every
+        return bool(every) and step % every == 0 and step <= self.trainer.training_config.revive_until * max_steps
+
+    def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.reviver is not None and self._due(args, state.global_step + 1, state.max_steps):
+            self.trainer.reviver.watch(True)
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.reviver is not None and self._due(args, state.global_step, state.max_steps):
+            optimizer = kwargs.get("optimizer")
+            self.trainer.reviver.revive_(state.global_step, getattr(optimizer, "optimizer", optimizer))
+            self.trainer.reviver.watch(False)
