@@ -200,7 +200,10 @@ class PositionClock:
             self.offset = entry.past_keys.shape[1]
         else:
             cache = next((a for a in [*args, *kwargs.values()] if hasattr(a, "get_seq_length")), None)
-            self.offset = 0 if cache is None else int(cache.get_seq_length())
+            if cache is None:
+                self.offset = 0
+            elif module is self._first:  # one cache for all layers: the later blocks find this pass in it already
+                self.offset = int(cache.get_seq_length())
         if module is self._first and self.generating:
             self._in_prompt, self._started = not self._started, True
         if self.offset == 0 and (self._in_prompt or not self.generating):

@@ -157,10 +157,13 @@ class _Ban(CodeHook):
         chosen, y, codes = call.chosen[:, :, group], call.y[:, :, group : group + 1], book.codes[group : group + 1].detach()
         kind = {"similarity": book.config.similarity, "selection": book.config.selection}
         again = select(y.detach(), codes, book.k, disabled=disabled.unsqueeze(2), **kind).squeeze(2)
-        untouched = ids.shape == chosen.shape and bool((ids == chosen)[gone.any(-1)].all())
-        if untouched:
-            return torch.where(gone.any(-1, keepdim=True), again, ids)
-        return self._refilled(torch.where(gone, -1, ids), gone, call, group)
+        afresh = gone.any(-1, keepdim=True)
+        if ids.shape == chosen.shape:  # rows that no other hook has edited are chosen again as a whole, which keeps their order
+            afresh = afresh & (ids == chosen).all(-1, keepdim=True)
+            call.chosen = call.chosen.clone()
+            call.chosen[:, :, group] = torch.where(afresh, again, chosen)
+            ids, gone = torch.where(afresh, again, ids), gone & ~afresh
+        return self._refilled(torch.where(gone, -1, ids), gone, call, group) if bool(gone.any()) else ids
 
     def _refilled(self, ids: Slots, gone: Bool[Tensor, "batch pos slot"], call: SnapCall, group: int) -> Slots:
         """Fill single slots, where another hook has edited the row and what it put there has to stay."""

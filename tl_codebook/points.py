@@ -32,7 +32,7 @@ class SnapCall:
     y: Float[Tensor, "*lead group d_group"]
     """What the codes are chosen for (after the LayerNorm, if there is one)."""
     chosen: Int[Tensor, "*lead group k"]
-    """The ids before any hook."""
+    """The ids before any hook, and after those that chose again (`ban_code`)."""
     n_lead: int
     """Leading axes of the activation: 2 for [batch pos ...], 1 where a host flattens them."""
     clock: PositionClock

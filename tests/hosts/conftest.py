@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tests.tiny import ARCHITECTURES, HOSTS, KINDS, make_host
+from tests.hosts.prepared import MODELS, PAIRS, prepared
+from tests.tiny import ARCHITECTURES, KINDS, make_host
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -21,7 +22,7 @@ def any_model(request):
     return make_host(request.param)
 
 
-@pytest.fixture(params=[f"{host}-gpt2" for host in HOSTS] + [f"{host}-llama" for host in HOSTS])
+@pytest.fixture(params=MODELS)
 def model(request):
     """A tiny host: both kinds, GPT-2 (sequential, biases) and Llama (grouped-query attention)."""
     return make_host(request.param)
@@ -30,3 +31,21 @@ def model(request):
 @pytest.fixture(params=ARCHITECTURES)
 def architecture(request):
     return request.param
+
+
+@pytest.fixture(params=KINDS)
+def any_host(request):
+    """A prepared model (tests.hosts.prepared): both kinds, four architectures. Leave it as it is."""
+    return prepared(request.param)
+
+
+@pytest.fixture(params=MODELS)
+def host(request):
+    """A prepared model: both kinds, GPT-2 and Llama. Leave it as it is."""
+    return prepared(request.param)
+
+
+@pytest.fixture(params=PAIRS, ids="-".join)
+def each_config(request):
+    """A prepared model with each kind of codebook. Leave it as it is."""
+    return prepared(*request.param)

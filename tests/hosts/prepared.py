@@ -22,6 +22,7 @@ CONFIGS = {
     "sum": CodebookConfig(N_CODES, K, selection="nearest", reduce="sum"),
 }
 MODELS = [f"{host}-{architecture}" for architecture in ("gpt2", "llama") for host in HOSTS]
+PAIRS = [(kind, config) for kind in (MODELS[0], MODELS[-1]) for config in CONFIGS]
 
 
 @functools.cache

@@ -54,7 +54,8 @@ def test_attach_works_at_each_site_alone(every_model):
             assert ids.dtype == torch.long
             assert 0 <= int(ids.min()) <= int(ids.max()) < N_CODES
         tlc.detach(every_model)
-        assert_same_state(state_of(every_model), before)
+        assert torch.equal(every_model(TOKENS), before["logits"]), site
+    assert_same_state(state_of(every_model), before)
 
 
 def test_detach_of_one_site_leaves_the_others(any_model):

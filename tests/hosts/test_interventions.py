@@ -5,28 +5,11 @@ import pytest
 import torch
 
 import tl_codebook as tlc
-from tests.hosts.prepared import CONFIGS, LAST, LAST_Z, LENGTH, MODELS, K, assert_site_carries, ids_of, prepared, run, unused
+from tests.hosts.prepared import LAST, LAST_Z, LENGTH, K, assert_site_carries, ids_of, run, unused
 from tests.hosts.state import TOKENS
-from tests.tiny import KINDS
 from tl_codebook import force_code
 from tl_codebook.errors import EmptyInterventionWarning, InvalidCodeError, LabelError, PositionError
 from tl_codebook.hosts import is_bridge
-
-
-@pytest.fixture(params=KINDS)
-def any_host(request):
-    return prepared(request.param)
-
-
-@pytest.fixture(params=MODELS)
-def host(request):
-    return prepared(request.param)
-
-
-@pytest.fixture(params=[(kind, config) for kind in MODELS for config in CONFIGS], ids="-".join)
-def each_config(request):
-    return prepared(*request.param)
-
 
 # --- Where
 

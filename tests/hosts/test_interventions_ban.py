@@ -3,35 +3,19 @@
 import pytest
 import torch
 
-from tests.hosts.prepared import CONFIGS, LAST, LAST_Z, LENGTH, MODELS, N_CODES, K, assert_site_carries, ids_of, prepared, run
+from tests.hosts.prepared import LAST, LAST_Z, LENGTH, N_CODES, K, assert_site_carries, ids_of, prepared, run, unused
 from tests.hosts.state import TOKENS
-from tests.tiny import KINDS
 from tl_codebook import ban_code, force_code
 from tl_codebook.errors import InvalidCodeError
 from tl_codebook.snap import definition
 
 
-@pytest.fixture(params=KINDS)
-def any_host(request):
-    return prepared(request.param)
-
-
-@pytest.fixture(params=MODELS)
-def host(request):
-    return prepared(request.param)
-
-
-@pytest.fixture(params=[(kind, config) for kind in MODELS for config in CONFIGS], ids="-".join)
-def each_config(request):
-    return prepared(*request.param)
-
-
-@pytest.fixture(params=[(kind, config) for kind in MODELS for config in ("nearest", "paper", "sum")], ids="-".join)
+@pytest.fixture(params=[pair for pair in PAIRS if pair[1] != "residual"], ids="-".join)
 def nearest_host(request):
     return prepared(*request.param)
 
 
-@pytest.fixture(params=[(kind, "residual") for kind in MODELS], ids="-".join)
+@pytest.fixture(params=[pair for pair in PAIRS if pair[1] == "residual"], ids="-".join)
 def residual_host(request):
     return prepared(*request.param)
 
@@ -141,7 +125,8 @@ def best_without(host, banned, rest, used):
 
 def test_a_ban_after_a_force_keeps_the_forced_code_and_refills_with_the_next_best(nearest_host):
     """Nearest codes: in the freed slot comes the most similar code that is not there yet."""
-    host, banned, forced = nearest_host, common(nearest_host), 5 if common(nearest_host) != 5 else 6
+    host, banned = nearest_host, common(nearest_host)
+    forced = unused(ids_of(host.before)[:, 1:4])
     cache = run(host.model, force_code(label(forced), pos=[1, 2, 3]), ban_code(label(banned)))
     expected = chosen_without(host, {banned}).squeeze(2)
     edited = ids_of(host.before)[:, 1:4].clone()
@@ -160,7 +145,8 @@ def test_a_ban_after_a_force_keeps_the_forced_code_and_refills_with_the_next_bes
 
 def test_a_ban_after_a_force_refills_for_what_the_other_codes_leave_over(residual_host):
     """Residual codes: in the freed slot comes the best code for the input minus the codes that stay."""
-    host, banned, forced = residual_host, common(residual_host), 5 if common(residual_host) != 5 else 6
+    host, banned = residual_host, common(residual_host)
+    forced = unused(ids_of(host.before)[:, 1:4])
     cache = run(host.model, force_code(label(forced), pos=[1, 2, 3]), ban_code(label(banned)))
     expected = chosen_without(host, {banned}).squeeze(2)
     edited = ids_of(host.before)[:, 1:4].clone()
@@ -195,10 +181,8 @@ def test_a_ban_of_a_forced_code_takes_it_out_again(each_config):
     cache = run(each_config.model, force_code("L1.mlp_out:5", slot=0), ban_code("L1.mlp_out:5"))
     assert not (ids_of(cache) == 5).any()
     assert (ids_of(cache) >= 0).all()
-    assert torch.equal(
-        ids_of(cache)[..., 1:],
-        torch.where(ids_of(each_config.before)[..., 1:] == 5, ids_of(cache)[..., 1:], ids_of(each_config.before)[..., 1:]),
-    )
+    rest = (ids_of(each_config.before) != 5).all(-1)
+    assert torch.equal(ids_of(cache)[rest][:, 1:], ids_of(each_config.before)[rest][:, 1:])
 
 
 def test_a_force_after_a_ban_has_the_last_word(host):
@@ -227,6 +211,14 @@ def test_the_codes_left_must_be_enough(nearest_host):
     enough = set(range(N_CODES - K))
     cache = run(nearest_host.model, ban_code(sorted(enough), layer=1, site="mlp_out"))
     assert set(ids_of(cache).flatten().tolist()) == set(range(N_CODES)) - enough
+
+
+def test_a_slot_stays_empty_where_every_code_left_is_there_already(nearest_host):
+    banned, left = list(range(N_CODES - K)), list(range(N_CODES - K, N_CODES))
+    hooks = [force_code(left, layer=1, site="mlp_out", slot="append"), ban_code(banned, layer=1, site="mlp_out")]
+    ids = ids_of(run(nearest_host.model, *hooks))
+    assert not torch.isin(ids, torch.tensor(banned)).any()
+    assert torch.equal(ids[..., :K], torch.where(ids_of(nearest_host.before) < N_CODES - K, -1, ids_of(nearest_host.before)))
 
 
 def test_a_ban_of_a_code_that_was_never_chosen_changes_nothing(any_host):

@@ -3,28 +3,12 @@
 import pytest
 import torch
 
-from tests.hosts.prepared import CONFIGS, LAST, LAST_Z, LENGTH, MODELS, N_CODES, K, assert_site_carries, ids_of, prepared, run
+from tests.hosts.prepared import LAST, LAST_Z, LENGTH, N_CODES, K, assert_site_carries, ids_of, run
 from tests.hosts.state import TOKENS
-from tests.tiny import KINDS
 from tl_codebook import patch_codes, swap_codes
 from tl_codebook.errors import InvalidCodeError, LabelError, PositionError, ShapeError, UnknownHookError
 
 CORRUPT = TOKENS.flip(0).roll(2, 1)
-
-
-@pytest.fixture(params=KINDS)
-def any_host(request):
-    return prepared(request.param)
-
-
-@pytest.fixture(params=MODELS)
-def host(request):
-    return prepared(request.param)
-
-
-@pytest.fixture(params=[(kind, config) for kind in MODELS for config in CONFIGS], ids="-".join)
-def each_config(request):
-    return prepared(*request.param)
 
 
 # --- Patching

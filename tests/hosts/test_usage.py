@@ -37,19 +37,19 @@ def test_bypassed_runs_the_model_as_it_was(any_model):
         assert torch.equal(any_model(TOKENS), snapped)
 
 
-def test_bypassed_leaves_the_others_on(any_model):
-    books = attach(any_model, ["z", "mlp_out", "resid_delta"])
+def test_bypassed_leaves_the_others_on(model):
+    books = attach(model, ["z", "mlp_out", "resid_delta"])
     with torch.no_grad():
-        tlc.detach(any_model, ["mlp_out", "resid_delta"])
-        only_z = any_model(TOKENS)
-        tlc.attach(any_model, {name: book for name, book in books.items() if "hook_z" not in name})
-        everything = any_model(TOKENS)
-        with tlc.bypassed(any_model, ["mlp_out", "resid_delta"]):
-            assert torch.equal(any_model(TOKENS), only_z)
-            with tlc.bypassed(any_model):
-                any_model(TOKENS)
-            assert torch.equal(any_model(TOKENS), only_z)  # the inner block restores the outer one
-        assert torch.equal(any_model(TOKENS), everything)
+        tlc.detach(model, ["mlp_out", "resid_delta"])
+        only_z = model(TOKENS)
+        tlc.attach(model, {name: book for name, book in books.items() if "hook_z" not in name})
+        everything = model(TOKENS)
+        with tlc.bypassed(model, ["mlp_out", "resid_delta"]):
+            assert torch.equal(model(TOKENS), only_z)
+            with tlc.bypassed(model):
+                model(TOKENS)
+            assert torch.equal(model(TOKENS), only_z)  # the inner block restores the outer one
+        assert torch.equal(model(TOKENS), everything)
 
 
 def test_bypassed_names_what_is_not_there(model):
@@ -71,19 +71,19 @@ def test_evaluation_does_not_count_and_training_does(any_model):
         assert int(book.usage.n_vectors) == TOKENS.numel()
 
 
-def test_count_usage_counts_afresh_and_gives_the_totals_back(any_model):
-    books = attach(any_model)
-    any_model.train()(TOKENS)
+def test_count_usage_counts_afresh_and_gives_the_totals_back(model):
+    books = attach(model)
+    model.train()(TOKENS)
     totals = {name: book.usage.counts.clone() for name, book in books.items()}
-    any_model.eval()
-    with tlc.count_usage(any_model) as counted:
+    model.eval()
+    with tlc.count_usage(model) as counted:
         assert counted == books
-        any_model(TOKENS[:1])
+        model(TOKENS[:1])
         for book in books.values():
             assert book.usage.counts.sum(-1).tolist() == [TOKENS.shape[1] * K] * book.n_groups
             assert torch.all(book.usage.perplexity >= 1)
             assert torch.all(book.usage.perplexity <= N_CODES)
-    any_model(TOKENS)
+    model(TOKENS)
     for name, book in books.items():
         assert torch.equal(book.usage.counts, totals[name])
         assert book.count_when == "train"
@@ -172,13 +172,13 @@ def test_a_padded_batch_gives_the_codes_of_each_sequence_alone(any_model, side):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_masked_leaves_padding_out_of_counts_and_loss_terms(any_model, side):
-    books = attach(any_model)
-    any_model.tokenizer.padding_side = side
+def test_masked_leaves_padding_out_of_counts_and_loss_terms(model, side):
+    books = attach(model)
+    model.tokenizer.padding_side = side
     tokens, mask = padded(side)
-    any_model.train()
-    with tlc.masked(any_model, mask.bool()):
-        _, cache = any_model.run_with_cache(tokens, attention_mask=mask)
+    model.train()
+    with tlc.masked(model, mask.bool()):
+        _, cache = model.run_with_cache(tokens, attention_mask=mask)
     inside = mask.bool()
     for name, book in books.items():
         ids, x, q = cache[f"{name}.hook_codes"], cache[f"{name}.hook_x"], cache[name]

@@ -76,57 +76,57 @@ def test_hooks_from_after_survive_detach(any_model, log):
     assert log.take() == ["permanent"]
 
 
-def test_a_hook_at_the_site_comes_after_the_snap_and_changes_what_follows(any_model):
-    attach(any_model, ["z", "mlp_out"])  # a resid_delta codebook could absorb the change
+def test_a_hook_at_the_site_comes_after_the_snap_and_changes_what_follows(model):
+    attach(model, ["z", "mlp_out"])  # a resid_delta codebook could absorb the change
     seen = {}
     with torch.no_grad():
-        plain = any_model(TOKENS)
-        changed = any_model.run_with_hooks(TOKENS, fwd_hooks=[(SITE, lambda x, hook: x * 0), (SITE, lambda x, hook: seen.update(site=x))])
+        plain = model(TOKENS)
+        changed = model.run_with_hooks(TOKENS, fwd_hooks=[(SITE, lambda x, hook: x * 0), (SITE, lambda x, hook: seen.update(site=x))])
     assert seen["site"].abs().max() == 0
     assert not torch.equal(changed, plain)
     with torch.no_grad():
-        assert torch.equal(any_model(TOKENS), plain)
+        assert torch.equal(model(TOKENS), plain)
 
 
-def test_a_hook_at_hook_x_edits_what_the_codes_are_chosen_for(any_model):
-    books = attach(any_model)
+def test_a_hook_at_hook_x_edits_what_the_codes_are_chosen_for(model):
+    books = attach(model)
     wanted = books[SITE].codes[0, 5].detach()
     seen = {}
-    any_model.run_with_hooks(
+    model.run_with_hooks(
         TOKENS,
         fwd_hooks=[(f"{SITE}.hook_x", lambda x, hook: wanted.expand_as(x)), (f"{SITE}.hook_codes", lambda ids, hook: seen.update(ids=ids))],
     )
     assert (seen["ids"][..., 0] == 5).all()
 
 
-def test_nested_contexts_of_the_host_and_of_steer(any_model, log):
-    attach(any_model)
-    any_model.add_hook(SITE, log.hook("mine"))
-    before = state_of(any_model)
+def test_nested_contexts_of_the_host_and_of_steer(model, log):
+    attach(model)
+    model.add_hook(SITE, log.hook("mine"))
+    before = state_of(model)
     log.take()
-    with any_model.hooks(fwd_hooks=[(SITE, log.hook("outer"))]):
-        with tlc.steer(any_model, [force_code("L1.mlp_out:3"), (SITE, log.hook("steer"))]):
-            with any_model.hooks(fwd_hooks=[(SITE, log.hook("inner"))]):
-                any_model(TOKENS)
+    with model.hooks(fwd_hooks=[(SITE, log.hook("outer"))]):
+        with tlc.steer(model, [force_code("L1.mlp_out:3"), (SITE, log.hook("steer"))]):
+            with model.hooks(fwd_hooks=[(SITE, log.hook("inner"))]):
+                model(TOKENS)
             assert log.take() == ["mine", "outer", "steer", "inner"]
-            _, cache = any_model.run_with_cache(TOKENS)
+            _, cache = model.run_with_cache(TOKENS)
             assert (cache[f"{SITE}.hook_codes"][..., -1] == 3).all()
             assert log.take() == ["mine", "outer", "steer"]
-        any_model(TOKENS)
+        model(TOKENS)
         assert log.take() == ["mine", "outer"]
-    assert_same_state(state_of(any_model), before)
+    assert_same_state(state_of(model), before)
 
 
-def test_steer_survives_run_with_hooks_and_reset_hooks(any_model, log):
-    attach(any_model)
-    with tlc.steer(any_model, [force_code("L1.mlp_out:3"), (SITE, log.hook("steer"))]):
-        any_model.run_with_hooks(TOKENS, fwd_hooks=[(SITE, log.hook("run"))])
+def test_steer_survives_run_with_hooks_and_reset_hooks(model, log):
+    attach(model)
+    with tlc.steer(model, [force_code("L1.mlp_out:3"), (SITE, log.hook("steer"))]):
+        model.run_with_hooks(TOKENS, fwd_hooks=[(SITE, log.hook("run"))])
         assert log.take() == ["steer", "run"]
-        any_model.reset_hooks()
-        _, cache = any_model.run_with_cache(TOKENS)
+        model.reset_hooks()
+        _, cache = model.run_with_cache(TOKENS)
         assert log.take() == ["steer"]
         assert (cache[f"{SITE}.hook_codes"][..., -1] == 3).all()
-    _, cache = any_model.run_with_cache(TOKENS)
+    _, cache = model.run_with_cache(TOKENS)
     assert log.take() == []
     assert not (cache[f"{SITE}.hook_codes"][..., -1] == 3).all()
 
@@ -141,21 +141,21 @@ def test_steer_says_when_its_hooks_were_removed_under_it(model):
 @pytest.mark.parametrize(
     "failure", [RuntimeError("mine"), KeyboardInterrupt(), torch.OutOfMemoryError("no memory")], ids=lambda e: type(e).__name__
 )
-def test_an_exception_inside_removes_exactly_ours(any_model, log, failure):
-    attach(any_model)
-    any_model.add_hook(SITE, log.hook("mine"))
-    any_model.add_hook(f"{SITE}.hook_codes", log.hook("permanent"), is_permanent=True)
-    before = state_of(any_model)
+def test_an_exception_inside_removes_exactly_ours(model, log, failure):
+    attach(model)
+    model.add_hook(SITE, log.hook("mine"))
+    model.add_hook(f"{SITE}.hook_codes", log.hook("permanent"), is_permanent=True)
+    before = state_of(model)
 
     def fail(x, hook):
         raise failure
 
     hooks = [force_code("L1.mlp_out:3"), ("blocks.1.attn.hook_z", fail)]
-    with pytest.raises(type(failure)), tlc.steer(any_model, hooks), tlc.bypassed(any_model, "resid_delta"):
-        any_model(TOKENS)
-    assert_same_state(state_of(any_model), before)
+    with pytest.raises(type(failure)), tlc.steer(model, hooks), tlc.bypassed(model, "resid_delta"):
+        model(TOKENS)
+    assert_same_state(state_of(model), before)
     log.take()
-    any_model(TOKENS)
+    model(TOKENS)
     assert log.take() == ["permanent", "mine"]
 
 
@@ -204,25 +204,25 @@ def test_a_hook_that_never_fired_raises_at_the_end_of_the_block(any_model):
     assert_same_state(state_of(any_model), before)
 
 
-def test_steer_works_on_a_model_without_codebooks_and_leaves_no_clock(any_model, log):
-    before = state_of(any_model)
-    with tlc.steer(any_model, [(SITE, log.hook("steer"))]):
-        any_model(TOKENS)
+def test_steer_works_on_a_model_without_codebooks_and_leaves_no_clock(model, log):
+    before = state_of(model)
+    with tlc.steer(model, [(SITE, log.hook("steer"))]):
+        model(TOKENS)
     assert log.take() == ["steer"]
-    assert_same_state(state_of(any_model), before)
-    assert not any(isinstance(hook, PositionClock) for block in any_model.blocks for hook in block._forward_pre_hooks.values())
+    assert_same_state(state_of(model), before)
+    assert not any(isinstance(hook, PositionClock) for block in model.blocks for hook in block._forward_pre_hooks.values())
 
 
-def test_steer_checks_every_name_before_it_adds_a_hook(any_model):
-    attach(any_model)
-    before = state_of(any_model)
+def test_steer_checks_every_name_before_it_adds_a_hook(model):
+    attach(model)
+    before = state_of(model)
     hooks, message = (
         [force_code("L1.mlp_out:3"), force_code("L2.mlp_out:3")],
         r"no hook point 'blocks.2.hook_mlp_out.*Layers go from 0 to 1",
     )
-    with pytest.raises(UnknownHookError, match=message), tlc.steer(any_model, hooks):
+    with pytest.raises(UnknownHookError, match=message), tlc.steer(model, hooks):
         pytest.fail("the block must not run")
-    assert_same_state(state_of(any_model), before)
+    assert_same_state(state_of(model), before)
 
 
 def test_two_steers_inside_each_other_leave_generate_as_it_was(model):

@@ -6,23 +6,23 @@ codebooks' loss terms, their own learning rate, revival of dead codes, checkpoin
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from tl_codebook import files, hosts
 from tl_codebook.attachment import count_usage, sites
 from tl_codebook.checkpoint import MANIFEST, restore_, save
 from tl_codebook.errors import CheckpointError, NonFiniteError, TrainingError
 from tl_codebook.training.config import CodebookTrainingConfig
-from tl_codebook.training.data import collate, tokenize_dataset
+from tl_codebook.training.data import collate
+from tl_codebook.training.host_trainer import HostTrainer
 from tl_codebook.training.initialisation import initialise_codes_
-from tl_codebook.training.losses import LanguageModel, parameter_groups
-from tl_codebook.training.metrics import summarise_codes, summarise_sums
+from tl_codebook.training.losses import parameter_groups
+from tl_codebook.training.metrics import summarise_codes
 from tl_codebook.training.revival import Reviver
 
 __all__ = ["CodebookTrainer"]
@@ -30,7 +30,7 @@ __all__ = ["CodebookTrainer"]
 _STATE = "tl_codebook_training.json"
 
 
-class CodebookTrainer(Trainer):
+class CodebookTrainer(HostTrainer):
     """Train the codebooks of a host, and the host with them unless the base is frozen.
 
     Args:
@@ -53,8 +53,9 @@ class CodebookTrainer(Trainer):
     >>> from transformers import TrainingArguments
     >>> _ = attach(model, "mlp_out", n_codes=16, k=2)
     >>> args = TrainingArguments(str(tmp_path), max_steps=2, report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True)
-    >>> trainer = CodebookTrainer(model, args, train_dataset=["w3 w4 w5 w6 w7 w8"] * 8, context_length=8)
+    >>> trainer = CodebookTrainer(model, args, train_dataset=["w3 w4 w5 w6 w7 w8"] * 12, context_length=8)
     >>> trainer.train().global_step
+    {'train_runtime'...}
     2
     """
 
@@ -69,30 +70,12 @@ class CodebookTrainer(Trainer):
         context_length: int | None = None,
         **kwargs: Any,
     ):
-        self.hooked = hosts.as_host(model)
         self.training_config = config or CodebookTrainingConfig()
-        if not sites(self.hooked):
+        if not sites(hosts.as_host(model)):
             raise TrainingError("the model has no codebooks to train. Call attach(model, sites=..., n_codes=...) first.")
-        if getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
-            raise TrainingError("FSDP and DeepSpeed shard the codes away from where they are counted. Use DDP (accelerate launch).")
-        files.check_writable(args.output_dir, overwrite=True)
-        prepared = [
-            None if data is None else tokenize_dataset(data, self.hooked, context_length=context_length) for data in (train_dataset, eval_dataset)
-        ]
-        if prepared[0] is not None and args.per_device_train_batch_size > len(prepared[0]):
-            warnings.warn(
-                f"a batch of {args.per_device_train_batch_size} rows was asked for and the data has {len(prepared[0])}: every step sees all",
-                stacklevel=2,
-            )
-        wrapped = LanguageModel(self.hooked, self.training_config)
-        kwargs.setdefault("data_collator", collate)
-        super().__init__(model=wrapped, args=args, train_dataset=prepared[0], eval_dataset=prepared[1], **kwargs)
-        if self.compute_metrics is None:
-            self.compute_metrics = summarise_sums
-            self._sums_only = True
-        else:
-            self._sums_only = False
-        self._eval_books: dict[str, Any] | None = None
+        super().__init__(
+            model, args, train_dataset, eval_dataset, config=self.training_config, context_length=context_length, **kwargs
+        )
         self.reviver: Reviver | None = None
         self.add_callback(_CodebookCallback(self))
 
@@ -192,15 +175,6 @@ class CodebookTrainer(Trainer):
 
     def _summed(self, tensor: Tensor) -> Tensor:
         return tensor if self.accelerator.num_processes == 1 else self.accelerator.reduce(tensor.to(self.args.device), "sum")  # type: ignore[no-any-return]
-
-    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None) -> Any:
-        """Return sums per sequence instead of logits, so that loss and accuracy are means over tokens, whatever the batches."""
-        if not self._sums_only:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=(ignore_keys or []) + ["sums"])
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            sums = model(**inputs)["sums"]
-        return None, sums, inputs["labels"][:, :1]
 
     # --- checkpoints ---
 

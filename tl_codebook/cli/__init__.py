@@ -1,0 +1,36 @@
+"""The command line: ``tl-codebook <verb> ...``, one small file a verb."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from tl_codebook import __version__
+from tl_codebook.errors import CodebookError
+
+__all__ = ["VERBS", "main"]
+
+VERBS = {"train": "Attach codebooks to a language model, train them, and report what they cost."}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit status: 0, 1 where tl_codebook raised, 2 for a wrong call."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] in (["--version"], ["-V"]):
+        print(f"tl-codebook {__version__}")
+        return 0
+    if not arguments or arguments[0] in ("-h", "--help") or arguments[0] not in VERBS:
+        wrong = bool(arguments) and arguments[0] not in ("-h", "--help")
+        lines = ["usage: tl-codebook <verb> [options]", "", *(f"  {verb:<10} {what}" for verb, what in VERBS.items()), ""]
+        lines.append("tl-codebook <verb> --help says more of one.")
+        if wrong:
+            lines.insert(0, f"tl-codebook: no verb {arguments[0]!r}.")
+        print("\n".join(lines), file=sys.stderr if wrong else sys.stdout)
+        return 2 if wrong else 0
+    try:
+        status: int = importlib.import_module(f"tl_codebook.cli.{arguments[0]}").run(arguments[1:])
+        return status
+    except CodebookError as error:
+        print(f"tl-codebook {arguments[0]}: {error}", file=sys.stderr)
+        return 1
