@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tl_codebook.attachment import attach, bypassed, count_usage, detach, masked, refresh, sites
+    from tl_codebook.basis import fingerprint
     from tl_codebook.checkpoint import Codebooks, load, save
     from tl_codebook.codebook import Codebook, CodebookConfig
     from tl_codebook.convert.huggingface import load_hf
-    from tl_codebook.basis import fingerprint
     from tl_codebook.interventions import ban_code, force_code, patch_codes, swap_codes
     from tl_codebook.names import Address, Code
     from tl_codebook.steering import steer

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
@@ -42,7 +42,7 @@ def attach(
         sites: One or more of z q k v attn_out mlp_out post resid_pre resid_mid resid_post resid_delta; or, for full control, a mapping from
             a site, an address (``L3.mlp_out``) or a hook name to a `CodebookConfig` or a `Codebook`.
         layers: Layers to use, negative ones from the end; all by default. Not with addresses or hook names.
-        n_codes, k, n_groups, config: The fields of `CodebookConfig`. At z, q, k and v there is one group per head unless n_groups says else.
+        n_codes, k, n_groups, config: The fields of `CodebookConfig`. At z, q, k, v one group per head unless n_groups says else.
         on_nonfinite: What a NaN or Inf at a site does: ``raise``, or ``propagate`` it to the output.
 
     Raises:
@@ -63,7 +63,9 @@ def attach(
     model = hosts.as_host(model)
     if isinstance(sites, Mapping):
         if n_codes is not None or n_groups is not None or config or k != 1:
-            raise ConfigError("sites is a mapping to codebooks, and n_codes, k, n_groups or others were given too. Put them in the mapping.")
+            raise ConfigError(
+                "sites is a mapping to codebooks, and n_codes, k, n_groups or others were given too. Put them in the mapping."
+            )
         wanted = _from_mapping(model, sites, layers)
     else:
         if n_codes is None:
@@ -131,7 +133,9 @@ def _refuse_occupied(model: Any, names: Iterable[str]) -> None:
                 "changed."
             )
         if type(point) not in (HookPoint, RelayPoint):
-            raise AttachError(f"{name!r} is a {type(point).__name__}, put there by another library. Take that off first; nothing was changed.")
+            raise AttachError(
+                f"{name!r} is a {type(point).__name__}, put there by another library. Take that off first; nothing was changed."
+            )
         if id(point) in seen:
             raise AttachError(f"{name!r} and {seen[id(point)]!r} are one and the same hook point in this model. Give one of them.")
         seen[id(point)] = name
@@ -180,7 +184,9 @@ def _built(
         except ConfigError as error:
             raise ConfigError(f"{name!r}: {error}") from None
     if item.d_in != d_in:
-        raise ShapeError(f"the codebook for {name!r} has d_in={item.d_in}, the activation there has {d_in} values. Make one of d_in={d_in}.")
+        raise ShapeError(
+            f"the codebook for {name!r} has d_in={item.d_in}, the activation there has {d_in} values. Make one of d_in={d_in}."
+        )
     return item
 
 
@@ -214,7 +220,7 @@ def _drop_delta(model: Any, name: str) -> None:
     for point, role in ((hooks[f"{block}.hook_resid_pre"], "feeds"), (hooks[f"{block}.hook_resid_post"], "delta")):
         point.__dict__.pop(role, None)
         if type(point) is RelayPoint and not {"feeds", "delta"} & set(point.__dict__):
-            point.__class__ = HookPoint
+            point.__class__ = HookPoint  # type: ignore[assignment]
     model.blocks[split_hook_name(name)[0]]._modules.pop("hook_resid_delta", None)
 
 
@@ -293,7 +299,8 @@ def match_sites(model: Any, names: str | Iterable[str] | None = None) -> list[Co
             matching = [n for n in points if n == name or (name in model.hook_dict and model.hook_dict[name] is points[n])]
         if not matching:
             raise UnknownHookError(
-                f"no codebook sits at {name!r}. {nearest(name, points)}Codebooks sit at: {', '.join(points) or 'no site; call attach first'}."
+                f"no codebook sits at {name!r}. {nearest(name, points)}Codebooks sit at: "
+                f"{', '.join(points) or 'no site; call attach first'}."
             )
         found |= {n: points[n] for n in matching}
     return list(found.values())
@@ -345,12 +352,12 @@ def bypassed(model: Any, names: str | Iterable[str] | None = None) -> Iterator[A
 
 
 @contextmanager
-def masked(model: Any, mask: Bool[Tensor, "batch pos"] | None) -> Iterator[Any]:
+def masked(model: Any, mask: Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"] | None) -> Iterator[Any]:
     """Leave the positions where `mask` is 0 (padding) out of usage counts and loss terms inside the ``with`` block."""
     books = [point.codebook for point in match_sites(model)]
     try:
         for book in books:
-            book.token_mask = mask
+            book.token_mask = None if mask is None else mask.bool()
         yield model
     finally:
         for book in books:

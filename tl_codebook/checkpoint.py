@@ -16,12 +16,12 @@ import torch
 from huggingface_hub import ModelHubMixin
 from torch import Tensor
 
-from tl_codebook import __version__, files, hosts
+from tl_codebook import files, hosts
 from tl_codebook.attachment import attach, sites
+from tl_codebook.basis import Basis, fingerprint
 from tl_codebook.building import bridge_around, hooked_from_config, native_bridge
 from tl_codebook.codebook import Codebook, CodebookConfig
 from tl_codebook.errors import AttachError, CheckpointError, ConfigError
-from tl_codebook.basis import Basis, fingerprint
 
 __all__ = ["MANIFEST", "Codebooks", "load", "restore_", "save"]
 
@@ -81,7 +81,12 @@ class Codebooks(dict[str, Codebook], ModelHubMixin, library_name="tl_codebook", 
         local_files_only: bool = False,
         token: str | bool | None = None,
         allow_nonfinite: bool = False,
+        **model_kwargs: Any,
     ) -> Codebooks:
+        if model_kwargs:
+            raise ConfigError(
+                f"Codebooks.from_pretrained has no option {sorted(model_kwargs)[0]!r}. It takes allow_nonfinite and the hub's."
+            )
         folder = Path(model_id)
         if not folder.is_dir():
             from huggingface_hub import snapshot_download
@@ -128,7 +133,7 @@ def _write(folder: Path, books: Codebooks, model: Any = None) -> None:
     manifest: dict[str, Any] = {
         "format": "tl_codebook",
         "format_version": FORMAT_VERSION,
-        "written_by": {"tl_codebook": __version__, "transformer_lens": version("transformer-lens"), "torch": torch.__version__},
+        "written_by": {"tl_codebook": version("tl-codebook"), "transformer_lens": version("transformer-lens"), "torch": torch.__version__},
         "sites": {
             name: {"d_in": book.d_in, "on_nonfinite": book.on_nonfinite, "config": book.config.to_dict()} for name, book in books.items()
         },
@@ -182,8 +187,8 @@ def _describe(model: Any) -> dict[str, Any]:
         return {"host": "native", "config": _plain({key: value for key, value in model.cfg.to_dict().items() if key != "device"})}
     if getattr(model, "_weights_processed", False):
         raise CheckpointError(
-            "the weights of this TransformerBridge were processed (enable_compatibility_mode), and no file format of theirs exists. Save the "
-            "codes alone: Codebooks.of(model).save_pretrained(folder)."
+            "the weights of this TransformerBridge were processed (enable_compatibility_mode), and no file format of theirs exists. Save "
+            "the codes alone: Codebooks.of(model).save_pretrained(folder)."
         )
     return {"host": "bridge", "config": _plain(inner.config.to_dict())}
 
@@ -230,7 +235,9 @@ def load(folder: str | Path, *, device: str | torch.device | None = None, allow_
     books = _read_books(folder, manifest, allow_nonfinite=allow_nonfinite)
     about = manifest["model"]
     if about is None:
-        raise CheckpointError(f"{folder} holds codebooks and no model. Attach them: attach(model, Codebooks.from_pretrained({str(folder)!r})).")
+        raise CheckpointError(
+            f"{folder} holds codebooks and no model. Attach them: attach(model, Codebooks.from_pretrained({str(folder)!r}))."
+        )
     if not isinstance(about, dict) or set(about) != {"host", "config", "weights"} or not isinstance(about["config"], dict):
         raise CheckpointError(f"{folder / MANIFEST}: its model entry needs host, config and weights. Write it again with tl_codebook.save.")
     tokenizer = None
@@ -274,7 +281,7 @@ def _build(host: Any, config: dict[str, Any], tokenizer: Any, folder: Path) -> A
             if host == "bridge":
                 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-                kind = config.get("model_type")
+                kind = str(config.get("model_type"))
                 if kind not in CONFIG_MAPPING or "auto_map" in config:
                     raise CheckpointError(
                         f"{folder}: the model configuration is of type {kind!r}"
@@ -288,7 +295,9 @@ def _build(host: Any, config: dict[str, Any], tokenizer: Any, folder: Path) -> A
     except (CheckpointError, ConfigError):
         raise
     except Exception as error:
-        raise CheckpointError(f"{folder}: no {host} model can be built from its configuration ({type(error).__name__}: {error}).") from error
+        raise CheckpointError(
+            f"{folder}: no {host} model can be built from its configuration ({type(error).__name__}: {error})."
+        ) from error
     raise CheckpointError(f"{folder}: its host is {host!r}. Known hosts: hooked, bridge, native.")
 
 
@@ -308,11 +317,13 @@ def _put_weights(model: Any, weights: Mapping[str, Tensor], folder: Path) -> Non
 def _read_books(folder: Path, manifest: Mapping[str, Any], *, allow_nonfinite: bool) -> Codebooks:
     path = folder / MANIFEST
     if manifest.get("format") != "tl_codebook":
-        raise CheckpointError(f"{path} is of format {manifest.get('format')!r}, not tl_codebook. Give a folder written by tl_codebook.save.")
+        raise CheckpointError(
+            f"{path} is of format {manifest.get('format')!r}, not tl_codebook. Give a folder written by tl_codebook.save."
+        )
     if manifest.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format version {manifest.get('format_version')!r}, this tl_codebook reads {FORMAT_VERSION}. Install the release that "
-            "wrote it, or a newer one."
+            f"{path} has format version {manifest.get('format_version')!r}, this tl_codebook reads {FORMAT_VERSION}. Install the release "
+            "that wrote it, or a newer one."
         )
     if set(manifest) != _KEYS:
         raise CheckpointError(f"{path}: unknown keys {sorted(set(manifest) - _KEYS)}, missing keys {sorted(_KEYS - set(manifest))}.")
@@ -332,9 +343,8 @@ def _read_books(folder: Path, manifest: Mapping[str, Any], *, allow_nonfinite: b
             raise CheckpointError(f"{path}: the codebook at {name!r} cannot be: {error}") from error
     expected = {f"{name}/{key}": tuple(value.shape) for name, book in books.items() for key, value in book.state_dict().items()}
     about = manifest["basis"]
-    if about is not None:
-        if not isinstance(about, dict) or set(about) != {"processing", "vocabulary"}:
-            raise CheckpointError(f"{path}: its basis needs processing and vocabulary, and is {about!r}.")
+    if about is not None and (not isinstance(about, dict) or set(about) != {"processing", "vocabulary"}):
+        raise CheckpointError(f"{path}: its basis needs processing and vocabulary, and is {about!r}.")
     tensors = files.read_tensors(folder, manifest["codes"])
     basis_keys = {key for key in tensors if key.startswith("basis/")} if about is not None else set()
     if set(expected) != set(tensors) - basis_keys:
@@ -345,7 +355,9 @@ def _read_books(folder: Path, manifest: Mapping[str, Any], *, allow_nonfinite: b
         if tuple(value.shape) != shape or not value.is_floating_point():
             raise CheckpointError(f"{path}: {key!r} is {value.dtype} {tuple(value.shape)}, expected floating point {shape}. Copy it again.")
         if not allow_nonfinite and not bool(torch.isfinite(value).all()):
-            raise CheckpointError(f"{path}: {key!r} holds NaN or Inf. The run that wrote it diverged; allow_nonfinite=True loads it anyway.")
+            raise CheckpointError(
+                f"{path}: {key!r} holds NaN or Inf. The run that wrote it diverged; allow_nonfinite=True loads it anyway."
+            )
     for name, book in books.items():
         book.load_state_dict({key: tensors[f"{name}/{key}"] for key in book.state_dict()}, assign=True)
         for parameter in book.parameters():

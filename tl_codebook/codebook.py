@@ -279,11 +279,17 @@ class Codebook(nn.Module):
         """Split the last axis into groups, and refuse what is not a batch of vectors of this width."""
         where = f"{self.label}: " if self.label else ""
         if not x.is_floating_point() or x.is_complex() or x.layout is not torch.strided or x.is_meta:
-            raise ShapeError(f"{where}a codebook was given a {x.dtype} {x.layout} tensor on {x.device}. Give dense floating-point activations.")
+            raise ShapeError(
+                f"{where}a codebook was given a {x.dtype} {x.layout} tensor on {x.device}. Give dense floating-point activations."
+            )
         if x.ndim < 2 or x.shape[-1] != self.d_in:
-            raise ShapeError(f"{where}a codebook of d_in={self.d_in} was given {tuple(x.shape)}. Give [..., {self.d_in}] with a batch axis.")
+            raise ShapeError(
+                f"{where}a codebook of d_in={self.d_in} was given {tuple(x.shape)}. Give [..., {self.d_in}] with a batch axis."
+            )
         if x.device != self.codes.device:
-            raise ShapeError(f"{where}the activation is on {x.device}, the codes are on {self.codes.device}. Call model.to({str(x.device)!r}).")
+            raise ShapeError(
+                f"{where}the activation is on {x.device}, the codes are on {self.codes.device}. Call model.to({str(x.device)!r})."
+            )
         return rearrange(x, "... (group d_group) -> ... group d_group", group=self.n_groups)
 
     def normalise(self, x: Float[Tensor, "*lead group d_group"]) -> Float[Tensor, "*lead group d_group"]:
@@ -307,8 +313,9 @@ class Codebook(nn.Module):
         elif not finite:
             bad = int((~torch.isfinite(y)).any(-1).sum())
             raise NonFiniteError(
-                f"{self.label or 'a codebook'}: {bad} of {y[..., 0].numel()} vectors hold NaN or Inf, which a snap would turn into a valid code. Find where they come "
-                "from (a lower learning rate or fp32 often cures it), or set on_nonfinite='propagate' to get NaN out."
+                f"{self.label or 'a codebook'}: {bad} of {y[..., 0].numel()} vectors hold NaN or Inf, which a snap would turn into a "
+                "valid code. Find where they come from (a lower learning rate or fp32 often cures it), or set on_nonfinite='propagate' to "
+                "get NaN out."
             )
         return self._select(y, disabled)
 
@@ -316,9 +323,7 @@ class Codebook(nn.Module):
         c = self.config
         return select(y, self.codes, c.k, similarity=c.similarity, selection=c.selection, disabled=disabled)
 
-    def emit(
-        self, y: Float[Tensor, "*lead group d_group"], ids: Int[Tensor, "*lead group slot"]
-    ) -> Float[Tensor, "*lead group d_group"]:
+    def emit(self, y: Float[Tensor, "*lead group d_group"], ids: Int[Tensor, "*lead group slot"]) -> Float[Tensor, "*lead group d_group"]:
         """Decode ids, straight through to `y`; keep the loss terms of this forward and count what fired."""
         q = self.decode(ids)
         if self.on_nonfinite == "propagate":
@@ -343,7 +348,8 @@ class Codebook(nn.Module):
         mask = self.token_mask.to(y.device)
         if mask.numel() != y[..., 0, 0].numel():
             raise ShapeError(
-                f"{self.label or 'a codebook'}: the padding mask is {tuple(mask.shape)}, the activations are {tuple(y.shape[:-2])}. Give one value a position."
+                f"{self.label or 'a codebook'}: the padding mask is {tuple(mask.shape)}, the activations are "
+                f"{tuple(y.shape[:-2])}. Give one value a position."
             )
         return mask.bool()
 

@@ -1,7 +1,7 @@
 """Reading and writing files so that nothing is lost and nothing is believed.
 
-Tensors go to safetensors files named after their content (``codes.3fa2b1c09d5e.safetensors``); a JSON manifest, replaced last and in one step,
-says which of them count. A process killed in between leaves the previous checkpoint complete. Nothing is ever unpickled.
+Tensors go to safetensors files named after their content (``codes.3fa2b1c09d5e.safetensors``); a JSON manifest, replaced last and in one
+step, says which of them count. A process killed in between leaves the previous checkpoint complete. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def check_writable(folder: str | Path, *, overwrite: bool) -> Path:
     except CheckpointExistsError:
         raise
     except OSError as error:
-        raise CheckpointError(f"{folder} cannot be written to ({error.strerror or error}). Choose another folder; nothing was written.") from error
+        raise CheckpointError(
+            f"{folder} cannot be written to ({error.strerror or error}). Choose another folder; nothing was written."
+        ) from error
     return folder
 
 
@@ -77,7 +79,7 @@ def write_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> dic
     try:
         _atomically(unnamed, lambda path: save_file(apart, path, metadata={"format": "pt"}))
         digest = _hash(unnamed)
-        entry = {"file": f"{stem}.{digest[:12]}.safetensors", "sha256": digest, "bytes": unnamed.stat().st_size}
+        entry: dict[str, Any] = {"file": f"{stem}.{digest[:12]}.safetensors", "sha256": digest, "bytes": unnamed.stat().st_size}
         os.replace(unnamed, folder / entry["file"])
     finally:
         with contextlib.suppress(OSError):
@@ -156,7 +158,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def resolve(folder: Path, name: Any) -> Path:
     """Return the file or folder that a manifest names, refusing whatever lies outside."""
     if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
-        raise CheckpointError(f"{folder}: its manifest names {name!r}. File names may hold A-Z a-z 0-9 . _ - and be 64 long; do not use it.")
+        raise CheckpointError(
+            f"{folder}: its manifest names {name!r}. File names may hold A-Z a-z 0-9 . _ - and be 64 long; do not use it."
+        )
     path = folder / name
     if not path.exists():
         raise CheckpointError(f"{path} is missing, though the manifest names it. The copy is incomplete: copy it again.")

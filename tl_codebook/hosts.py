@@ -103,9 +103,7 @@ def unknown_hook(model: Any, name: str) -> UnknownHookError:
     if layer is not None and layer >= n_layers(model):
         advice = f"Layers go from 0 to {n_layers(model) - 1}."
     elif site == "resid_mid":
-        advice = (
-            "Its attention and MLP run in parallel on the same residual stream, so there is no resid_mid; use resid_pre or resid_post."
-        )
+        advice = "Its attention and MLP run in parallel on the same residual stream, so there is no resid_mid; use resid_pre or resid_post."
     elif layer is not None:
         have = [s for s in SITES if hook_name(layer, s) in model.hook_dict]
         advice = f"{advice} Sites of block {layer} that can hold a codebook: {' '.join(have)}."
@@ -195,6 +193,7 @@ class PositionClock:
             block.register_forward_pre_hook(self, with_kwargs=True)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Read the position off the arguments of a block, as its forward pre-hook."""
         entry = kwargs.get("past_kv_cache_entry")
         if entry is not None:
             self.offset = entry.past_keys.shape[1]

@@ -68,7 +68,9 @@ class CodeHook:
             raise ConfigError(f"{self!r} was called outside of a codebook. Use it as a forward hook at '<site>.hook_codes'.")
         book = call.codebook
         if call.n_lead != 2:
-            raise ShapeError(f"{self!r}: {call.site} has no position axis in this model (batch and positions are one). Choose another site.")
+            raise ShapeError(
+                f"{self!r}: {call.site} has no position axis in this model (batch and positions are one). Choose another site."
+            )
         self.check(book)
         rows = self.positions.rows(call)
         if not bool(rows.any()):
@@ -179,7 +181,9 @@ class _Ban(CodeHook):
             else:
                 rest = y - torch.nn.functional.embedding(ids.clamp(min=0), codes[0]).mul((ids >= 0).unsqueeze(-1)).sum(-2, keepdim=True)
             best = select(rest, codes, 1, similarity=book.config.similarity, disabled=disabled.unsqueeze(2)).squeeze(2)
-            ids = torch.cat([ids[..., :slot], torch.where(gone[..., slot : slot + 1], best, ids[..., slot : slot + 1]), ids[..., slot + 1 :]], -1)
+            ids = torch.cat(
+                [ids[..., :slot], torch.where(gone[..., slot : slot + 1], best, ids[..., slot : slot + 1]), ids[..., slot + 1 :]], -1
+            )
         return ids
 
 
@@ -217,7 +221,9 @@ class _Patch(CodeHook):
             for target, origin in zip(targets, targets if self.source_pos is None else self.source_pos, strict=True):
                 origin = origin if origin >= 0 else source.shape[1] + origin
                 if not 0 <= origin < source.shape[1]:
-                    raise PositionError(f"{self!r}: source position {origin} was asked for, but the source has {source.shape[1]} positions.")
+                    raise PositionError(
+                        f"{self!r}: source position {origin} was asked for, but the source has {source.shape[1]} positions."
+                    )
                 take[here == target] = origin
         rows = rows & (take < source.shape[1])
         taken = source[:, take.clamp(max=source.shape[1] - 1)]
@@ -228,7 +234,9 @@ class _Patch(CodeHook):
     def _source(self, book: Codebook, group: int) -> Slots:
         if self.source.ndim == 4:
             if self.source.shape[2] != book.n_groups:
-                raise ShapeError(f"{self!r}: the source has {self.source.shape[2]} groups, the codebook {book.n_groups}. Take it from there.")
+                raise ShapeError(
+                    f"{self!r}: the source has {self.source.shape[2]} groups, the codebook {book.n_groups}. Take it from there."
+                )
             return self.source[:, :, group]
         if book.n_groups > 1 and self.address.group is None:
             raise ShapeError(
@@ -334,14 +342,16 @@ def patch_codes(
     name = codes_hook(place.hook_name)
     if not isinstance(source, Tensor):
         if name not in source:
-            have = [key for key in source.keys() if key.endswith(".hook_codes")]
+            have = [key for key in list(source) if key.endswith(".hook_codes")]
             raise UnknownHookError(
                 f"the source has no {str(name)!r}. {nearest(name, have)}It has codes of: {', '.join(have) or 'no site'}; cache with "
                 "run_with_cache while the codebook is attached."
             )
         source = source[name]
     if not isinstance(source, Tensor) or source.is_floating_point() or source.dtype == torch.bool or source.ndim not in (3, 4):
-        raise ShapeError(f"{place}: the source must be integer ids [batch pos slot] or [batch pos group slot]; cache without removing batch.")
+        raise ShapeError(
+            f"{place}: the source must be integer ids [batch pos slot] or [batch pos group slot]; cache without removing batch."
+        )
     positions = Positions(pos)
     origins = None
     if source_pos is not None:

@@ -112,9 +112,7 @@ def _whole(value: Any, what: str) -> int:
     except TypeError:
         raise error(f"{what} {value!r} is a {type(value).__name__}. Give a whole number >= 0.") from None
     if number < 0:
-        raise error(
-            f"{what} {number} is negative, and negative ids do not count from the end. Give a whole number >= 0."
-        )
+        raise error(f"{what} {number} is negative, and negative ids do not count from the end. Give a whole number >= 0.")
     return number
 
 
@@ -273,7 +271,7 @@ def as_code(code: Any = None, **parts: Any) -> Code:
     if isinstance(code, Code) or (isinstance(code, str) and ":" in code):
         if given:
             raise LabelError(f"the code {str(code)!r} was given together with layer=, site=, group= or head=. Give one or the other.")
-        return Code.parse(code)
+        return Code.parse(str(code))
     if isinstance(code, str | Code):
         raise LabelError(f"cannot read {code!r} as a code. Write '<address>:<code>', such as 'L3.mlp_out:417' or 'L5.z.2:88'.")
     if parts.get("site") is None:
@@ -290,9 +288,7 @@ def as_codes(codes: Any, **parts: Any) -> tuple[Code, ...]:
     many: Sequence[Any] | Iterable[Any]
     if isinstance(codes, str | Code):
         many = [codes]
-    elif hasattr(codes, "tolist") and getattr(codes, "ndim", 0) > 0:
-        many = list(codes)
-    elif isinstance(codes, Iterable) and not hasattr(codes, "dtype"):
+    elif (hasattr(codes, "tolist") and getattr(codes, "ndim", 0) > 0) or (isinstance(codes, Iterable) and not hasattr(codes, "dtype")):
         many = list(codes)
     else:
         many = [codes]

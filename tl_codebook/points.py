@@ -1,7 +1,8 @@
 """The hook point that a codebook lives in.
 
 `attach` turns an existing HookPoint into a `CodebookPoint` in place (``hook_point.__class__ = CodebookPoint``). On a Bridge one HookPoint
-object is held by its parent, two registries, alias attributes and closures; adopting it keeps them all, replacing it would have to find them.
+object is held by its parent, two registries, alias attributes and closures; adopting it keeps them all, replacing it would have to find
+them.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ class RelayPoint(HookPoint):
     feeds: CodebookPoint | None
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Change the value as the point's role asks, then do what a HookPoint does."""
         out: Tensor = super().__call__(self._change(x))
         feeds = self.__dict__.get("feeds")
         if feeds is not None and feeds.enabled:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.hosts.prepared import LAST, LAST_Z, LENGTH, N_CODES, K, assert_site_carries, ids_of, prepared, run, unused
+from tests.hosts.prepared import LAST, LAST_Z, LENGTH, N_CODES, PAIRS, K, assert_site_carries, ids_of, prepared, run, unused
 from tests.hosts.state import TOKENS
 from tl_codebook import ban_code, force_code
 from tl_codebook.errors import InvalidCodeError

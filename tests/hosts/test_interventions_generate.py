@@ -125,6 +125,21 @@ def test_a_plain_forward_between_generations_is_a_sequence_of_its_own(host):
     assert passes == [[0, 6], [], [0, 3], [0, 6], [0, 6], [0, 2]]
 
 
+def test_a_pass_that_starts_at_a_later_layer_is_a_sequence_of_its_own(host):
+    name, passes = "blocks.1.hook_mlp_out", []
+    _, cache = host.model.run_with_cache(TOKENS)
+    code = min(set(range(12)) - set(cache[f"{name}.hook_codes"][:, 2].flatten().tolist()))
+    hooks = [force_code(code, layer=1, site="mlp_out", pos=2), (f"{name}.hook_codes", lambda ids, hook: passes.append(ids))]
+    with tlc.steer(host.model, hooks), torch.no_grad():
+        generate(host.model)
+        passes.clear()
+        try:
+            host.model(cache["blocks.0.hook_resid_post"], start_at_layer=1)
+        except NotImplementedError:
+            pytest.skip("the Bridge of TransformerLens 3.9 has no start_at_layer")
+    assert (passes[0][:, 2, -1] == code).all()
+
+
 def test_bans_and_patches_hold_with_and_without_a_cache(host):
     _, cache = host.model.run_with_cache(TOKENS.flip(0))
     code = int(cache[f"{SITE}.hook_codes"][..., 0].flatten().mode().values)

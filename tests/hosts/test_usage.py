@@ -122,7 +122,7 @@ def test_forced_codes_count_and_empty_slots_do_not(model):
 
 @pytest.mark.filterwarnings("ignore:.*checkpointing_enable")
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_a_count_is_made_once_under_gradient_checkpointing(model, reentrant):
+def test_trap_22_gradient_checkpointing_counts_once(model, reentrant):
     """The recomputation in the backward pass encodes again; where loss terms exist (not in the reentrant kind) they reach the codes."""
     books = attach(model, ["z", "mlp_out"])
     model.train()

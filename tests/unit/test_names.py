@@ -25,7 +25,9 @@ from tl_codebook.names import (
 
 WORDS = st.text(string.ascii_lowercase + "_", min_size=1, max_size=6)
 PREFIXES = st.lists(st.one_of(WORDS, st.builds("{}.{}".format, WORDS, st.integers(0, 99))), max_size=3)
-OTHER_HOOKS = st.builds(lambda prefixes, name: ".".join([*prefixes, f"hook_{name}"]), PREFIXES, WORDS)
+OTHER_HOOKS = st.builds(
+    lambda prefixes, name: ".".join([*prefixes, f"hook_{name}"]), PREFIXES, WORDS.filter(lambda w: w not in ("x", "codes"))
+)
 GROUPS = st.none() | st.integers(0, 99)
 ADDRESSES = st.one_of(
     st.builds(Address, st.integers(0, 200), st.sampled_from(list(SITES)), GROUPS),

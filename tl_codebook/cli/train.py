@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tl_codebook.errors import ConfigError, TrainingError
 from tl_codebook.files import check_writable, replace_json
@@ -28,7 +28,9 @@ class RunArguments:
     n_codes: list[int] = field(default_factory=lambda: [1024], metadata={"help": "Codes per group: one number, or one for each site."})
     k: list[int] = field(default_factory=lambda: [8], metadata={"help": "Codes at a time: one number, or one for each site."})
     recipe: str = field(default="default", metadata={"help": "default, paper (Tamkin et al. 2023), or none (the model without codebooks)."})
-    host: str | None = field(default=None, metadata={"help": "hooked or bridge; HookedTransformer where TransformerLens has it."})
+    host: Literal["hooked", "bridge"] | None = field(
+        default=None, metadata={"help": "hooked or bridge; HookedTransformer where TransformerLens has it."}
+    )
     context_length: int | None = field(default=None, metadata={"help": "Tokens in a row; the model's context, at most 512, by default."})
     resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in --output_dir."})
 
@@ -39,8 +41,13 @@ def run(argv: Sequence[str]) -> int:
 
     from tl_codebook.training import CodebookTrainingConfig
 
-    parser = HfArgumentParser((RunArguments, CodebookTrainingConfig, TrainingArguments), prog="tl-codebook train", description=__doc__)
-    parser.set_defaults(report_to="none", eval_strategy="no", logging_steps=25, warmup_steps=10, lr_scheduler_type="cosine", learning_rate=5e-4)
+    kinds: Any = (RunArguments, CodebookTrainingConfig, TrainingArguments)
+    parser: Any = HfArgumentParser(kinds, prog="tl-codebook train", description=__doc__)
+    parser.set_defaults(
+        report_to="none", eval_strategy="no", logging_steps=25, warmup_steps=10, lr_scheduler_type="cosine", learning_rate=5e-4
+    )
+    what: RunArguments
+    config: CodebookTrainingConfig
     what, config, args = parser.parse_args_into_dataclasses(args=_with_config_file(list(argv)))
     if what.recipe not in ("default", "paper", "none"):
         raise ConfigError(f"recipe={what.recipe!r} is not known. Choose 'default', 'paper' or 'none'.")
@@ -55,7 +62,10 @@ def run(argv: Sequence[str]) -> int:
     if args.should_save:
         replace_json(finished, results)
         print(_table(results))
-        print(f"\nsaved to {args.output_dir}" + ("" if what.recipe == "none" else f"; load it with tl_codebook.load({str(Path(args.output_dir) / 'model')!r})"))
+        print(
+            f"\nsaved to {args.output_dir}"
+            + ("" if what.recipe == "none" else f"; load it with tl_codebook.load({str(Path(args.output_dir) / 'model')!r})")
+        )
     return 0
 
 
@@ -142,7 +152,7 @@ def _train(what: RunArguments, config: Any, args: Any) -> dict[str, Any]:
         from tl_codebook import save
 
         save(trainer.hooked, Path(args.output_dir) / "model", overwrite=True)
-    return json.loads(json.dumps(results))  # type: ignore[no-any-return]
+    return json.loads(json.dumps(results))
 
 
 def _figures(metrics: dict[str, Any]) -> dict[str, float]:

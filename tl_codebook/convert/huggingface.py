@@ -1,7 +1,7 @@
 """Load a Hugging Face causal language model as a TransformerLens host, without weight processing.
 
-TransformerLens takes the configuration of a model from its *name*; here it comes from the model itself, so that a fine-tuned or resized model
-loads as what it is. A probe compares the logits of both before anything is returned.
+TransformerLens takes the configuration of a model from its *name*; here it comes from the model itself, so that a fine-tuned or resized
+model loads as what it is. A probe compares the logits of both before anything is returned.
 """
 
 from __future__ import annotations
@@ -56,7 +56,11 @@ def load_hf(
     with torch.no_grad():
         expected = hf_model(probe).logits.float()
     try:
-        result = _hooked(hf_model, tokenizer) if host == "hooked" else bridge_around(hf_model, tokenizer, None if Path(source).exists() else source)
+        result = (
+            _hooked(hf_model, tokenizer)
+            if host == "hooked"
+            else bridge_around(hf_model, tokenizer, None if Path(source).exists() else source)
+        )
         result.eval()
         with torch.no_grad():
             logits = result(probe.to(next(result.parameters()).device)).float()
@@ -141,9 +145,7 @@ def _hooked(hf_model: Any, tokenizer: Any) -> Any:
         cfg.d_mlp = weights["blocks.0.mlp.W_in"].shape[-1]  # TransformerLens takes 4 * d_model for GPT-2 and GPT-Neo
     model = hooked_from_config(cfg, tokenizer)
     weights = {name: value.detach().clone() if isinstance(value, torch.Tensor) else value for name, value in weights.items()}
-    model.load_and_process_state_dict(
-        weights, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
-    )
+    model.load_and_process_state_dict(weights, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False)
     model.move_model_modules_to_device()
     return model
 

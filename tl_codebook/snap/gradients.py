@@ -27,9 +27,7 @@ def decode_bag(
     weights = (ids >= 0).to(table.dtype)
     if reduce == "mean":
         weights = weights / (ids > -2).sum(-1, keepdim=True).clamp(min=1)
-    bag = torch.nn.functional.embedding_bag(
-        rows, table, mode="sum", per_sample_weights=weights.reshape(-1, n_slots)
-    )
+    bag = torch.nn.functional.embedding_bag(rows, table, mode="sum", per_sample_weights=weights.reshape(-1, n_slots))
     return bag.reshape(*ids.shape[:-1], d_group).to(codes.dtype)
 
 

@@ -25,13 +25,21 @@ class CodebookTrainingConfig:
     'none'
     """
 
-    codes_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the codes (and their LayerNorms); that of the base is --learning_rate."})
+    codes_learning_rate: float = field(
+        default=1e-3, metadata={"help": "Learning rate of the codes (and their LayerNorms); that of the base is --learning_rate."}
+    )
     freeze_base: bool = field(default=False, metadata={"help": "Train the codes alone."})
     reconstruction: float = field(default=1.0, metadata={"help": "Weight of |codes - stop(input)|^2."})
     commitment: float = field(default=0.25, metadata={"help": "Weight of |stop(codes) - input|^2."})
-    per_dimension: bool = field(default=True, metadata={"help": "Mean over the dimensions of a site in both terms; False sums, as in the paper."})
-    lm_gradient_to_codes: bool = field(default=True, metadata={"help": "Let the language-model loss move the codes; False is the VQ-VAE estimator."})
-    init: str = field(default="kmeans", metadata={"help": "kmeans (on the base's activations, codebooks that are still noise only) or none."})
+    per_dimension: bool = field(
+        default=True, metadata={"help": "Mean over the dimensions of a site in both terms; False sums, as in the paper."}
+    )
+    lm_gradient_to_codes: bool = field(
+        default=True, metadata={"help": "Let the language-model loss move the codes; False is the VQ-VAE estimator."}
+    )
+    init: str = field(
+        default="kmeans", metadata={"help": "kmeans (on the base's activations, codebooks that are still noise only) or none."}
+    )
     init_tokens: int = field(default=16_384, metadata={"help": "Tokens that k-means looks at."})
     init_iterations: int = field(default=10, metadata={"help": "Lloyd iterations of a k-means stage."})
     revive_every: int = field(default=50, metadata={"help": "Replace codes that have not fired for this many steps; 0 never does."})

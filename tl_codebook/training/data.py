@@ -77,13 +77,17 @@ def tokenize_dataset(data: Any, model: Any, *, context_length: int | None = None
         data = datasets.Dataset.from_list([dict(row) for row in data])
     columns = getattr(data, "column_names", None)
     if columns is None or len(data) == 0:
-        raise DataError(f"a {type(data).__name__} of {len(data) if hasattr(data, '__len__') else '?'} rows was given. Give a dataset or texts.")
+        raise DataError(
+            f"a {type(data).__name__} of {len(data) if hasattr(data, '__len__') else '?'} rows was given. Give a dataset or texts."
+        )
     if "input_ids" in columns:
         return _checked(data.select_columns([c for c in columns if c in ("input_ids", "attention_mask")]), model, limit)
     if text_column not in columns:
         raise DataError(f"the dataset has no column {text_column!r}; its columns are {columns}. Say text_column=...")
     if getattr(model, "tokenizer", None) is None:
-        raise DataError("the model has no tokenizer, so texts cannot be read. Give a dataset with input_ids, or load one with its tokenizer.")
+        raise DataError(
+            "the model has no tokenizer, so texts cannot be read. Give a dataset with input_ids, or load one with its tokenizer."
+        )
 
     def rows() -> Iterator[dict[str, list[int]]]:
         buffer: list[int] = []

@@ -38,9 +38,10 @@ class HostTrainer(Trainer):
         self.hooked = hosts.as_host(model)
         if getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
             raise TrainingError("FSDP and DeepSpeed shard the codes away from where they are counted. Use DDP (accelerate launch).")
-        files.check_writable(args.output_dir, overwrite=True)
+        files.check_writable(str(args.output_dir), overwrite=True)
         train, held_out = (
-            None if data is None else tokenize_dataset(data, self.hooked, context_length=context_length) for data in (train_dataset, eval_dataset)
+            None if data is None else tokenize_dataset(data, self.hooked, context_length=context_length)
+            for data in (train_dataset, eval_dataset)
         )
         if train is not None and args.per_device_train_batch_size > len(train):
             warnings.warn(

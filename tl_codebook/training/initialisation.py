@@ -1,7 +1,7 @@
 """Start codes from the base's own activations.
 
-k-means per site; where selection is residual, stage by stage: the first part of the codes fits the activations, the next what the first left
-over, and so on (so that greedy pursuit finds a coarse code first and finer ones after). Assignment uses the snap of this package.
+k-means per site; where selection is residual, stage by stage: the first part of the codes fits the activations, the next what the first
+left over, and so on (so that greedy pursuit finds a coarse code first and finer ones after). Assignment uses the snap of this package.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def kmeans(
 
     With fewer distinct vectors than centres the rest are copies with a little noise (codes that are exactly alike can never part).
     """
-    n, n_groups, d_group = x.shape
+    n, n_groups, _ = x.shape
     order = torch.randperm(n, generator=generator)[:n_centres]
     centres = x[order.to(x.device)].transpose(0, 1).clone()
     if n < n_centres:
@@ -79,10 +79,10 @@ def fit_codes(
 ) -> Float[Tensor, "group code d_group"]:
     """Return codes that fit the (normalised) inputs `y` of a codebook, by k-means or by k-means in stages."""
     distinct = int(torch.unique(y[: 2 * book.n_codes].flatten(1), dim=0).shape[0])
-    if distinct < min(book.n_codes, 2 * book.n_codes) and distinct < book.n_codes:
+    if distinct < book.n_codes:
         warnings.warn(
-            f"{book.label or 'a codebook'}: {distinct} distinct inputs for {book.n_codes} codes; the other codes start as noisy copies and may "
-            "stay dead. Use fewer codes, or more varied tokens.",
+            f"{book.label or 'a codebook'}: {distinct} distinct inputs for {book.n_codes} codes; the other codes start as noisy copies and "
+            "may stay dead. Use fewer codes, or more varied tokens.",
             stacklevel=2,
         )
     if book.config.selection == "nearest":

@@ -1,7 +1,8 @@
 """`CodebookTrainer`: Hugging Face's `Trainer` for a TransformerLens host with codebooks.
 
-What `Trainer` brings (progress bar, resume, `report_to`, accelerate, DDP) stays as it is. Added: codes from k-means before the first step, the
-codebooks' loss terms, their own learning rate, revival of dead codes, checkpoints that `tl_codebook.load` reads, metrics of the codes.
+What `Trainer` brings (progress bar, resume, `report_to`, accelerate, DDP) stays as it is. Added: codes from k-means before the first
+step, the codebooks' loss terms, their own learning rate, revival of dead codes, checkpoints that `tl_codebook.load` reads, and metrics of
+the codes.
 """
 
 from __future__ import annotations
@@ -73,9 +74,7 @@ class CodebookTrainer(HostTrainer):
         self.training_config = config or CodebookTrainingConfig()
         if not sites(hosts.as_host(model)):
             raise TrainingError("the model has no codebooks to train. Call attach(model, sites=..., n_codes=...) first.")
-        super().__init__(
-            model, args, train_dataset, eval_dataset, config=self.training_config, context_length=context_length, **kwargs
-        )
+        super().__init__(model, args, train_dataset, eval_dataset, config=self.training_config, context_length=context_length, **kwargs)
         self.reviver: Reviver | None = None
         self.add_callback(_CodebookCallback(self))
 
@@ -84,7 +83,7 @@ class CodebookTrainer(HostTrainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Build the optimiser of `args.optim` over two groups: codes (own rate, no decay) and base."""
         if self.optimizer is None:
-            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args)
             groups = parameter_groups(
                 self.hooked,
                 codes_learning_rate=self.training_config.codes_learning_rate,
@@ -94,7 +93,7 @@ class CodebookTrainer(HostTrainer):
             self.optimizer = optimizer_class(groups, **settings)
         return self.optimizer
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Start the codes if they are noise, then train; see `Trainer.train`."""
         books = [point.codebook for point in sites(self.hooked).values()]
         wanted = [(parameter, parameter.requires_grad) for parameter in self.hooked.parameters()]
@@ -108,7 +107,7 @@ class CodebookTrainer(HostTrainer):
             if not resume_from_checkpoint:
                 self.start_codes()
             self.reviver = Reviver(self.hooked, self._gather_rows, seed=self.args.seed)
-            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
         except NonFiniteError as error:
             raise NonFiniteError(f"step {self.state.global_step + 1}: {error} The last checkpoint is untouched.") from error
         finally:
@@ -129,13 +128,13 @@ class CodebookTrainer(HostTrainer):
             return
         if self.accelerator.is_main_process:
             rows, n_tokens = [], 0
-            for row in self.train_dataset:
+            for row in self.train_dataset:  # type: ignore[union-attr]
                 rows.append(row)
                 n_tokens += sum(row["attention_mask"]) if row.get("attention_mask") is not None else len(row["input_ids"])
                 if n_tokens >= self.training_config.init_tokens:
                     break
             batch = collate(rows)
-            self._move_model_to_device(self.model, self.args.device)
+            self._move_model_to_device(self.model_wrapped, self.args.device)
             initialise_codes_(
                 self.hooked,
                 batch["input_ids"],
@@ -158,10 +157,10 @@ class CodebookTrainer(HostTrainer):
         if self.accelerator.num_processes == 1:
             return rows
         if not rows.is_floating_point():
-            return self.accelerator.gather(rows)  # type: ignore[no-any-return]
+            return self.accelerator.gather(rows)
         padded = self.accelerator.pad_across_processes(rows.contiguous(), dim=0, pad_index=torch.nan)
         everything = self.accelerator.gather(padded)
-        return everything[~everything.flatten(1)[:, 0].isnan()]  # type: ignore[no-any-return]
+        return everything[~everything.flatten(1)[:, 0].isnan()]
 
     # --- evaluation ---
 
@@ -170,16 +169,16 @@ class CodebookTrainer(HostTrainer):
         with count_usage(self.hooked) as books:
             output = super().evaluation_loop(*args, **kwargs)
             prefix = kwargs.get("metric_key_prefix", "eval")
-            output.metrics.update({f"{prefix}_{key}": value for key, value in summarise_codes(books, self._summed).items()})
+            (output.metrics or {}).update({f"{prefix}_{key}": value for key, value in summarise_codes(books, self._summed).items()})
         return output
 
     def _summed(self, tensor: Tensor) -> Tensor:
-        return tensor if self.accelerator.num_processes == 1 else self.accelerator.reduce(tensor.to(self.args.device), "sum")  # type: ignore[no-any-return]
+        return tensor if self.accelerator.num_processes == 1 else self.accelerator.reduce(tensor.to(self.args.device), "sum")
 
     # --- checkpoints ---
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         save(self.hooked, folder, overwrite=True)
 
@@ -191,7 +190,9 @@ class CodebookTrainer(HostTrainer):
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             if folder.is_dir():
                 usage = {
-                    f"{name}/{key}": value for name, point in sites(self.hooked).items() for key, value in point.codebook.usage.tensors().items()
+                    f"{name}/{key}": value
+                    for name, point in sites(self.hooked).items()
+                    for key, value in point.codebook.usage.tensors().items()
                 }
                 entry = files.write_tensors(folder, "training", usage | {f"{name}/since": value for name, value in counts.items()})
                 files.replace_json(folder / _STATE, {"format_version": 1, "counts": entry, "run": self._run()})
@@ -201,7 +202,7 @@ class CodebookTrainer(HostTrainer):
         return {
             "config": self.training_config.to_dict(),
             "data": getattr(self.train_dataset, "_fingerprint", None) if self.train_dataset is not None else None,
-            "rows": len(self.train_dataset) if self.train_dataset is not None else 0,
+            "rows": len(self.train_dataset) if self.train_dataset is not None else 0,  # type: ignore[arg-type]
             "seed": self.args.seed,
             "batch": self.args.per_device_train_batch_size * self.accelerator.num_processes * self.args.gradient_accumulation_steps,
         }
@@ -209,7 +210,9 @@ class CodebookTrainer(HostTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
         if not (folder / MANIFEST).is_file() or not (folder / _STATE).is_file():
-            raise CheckpointError(f"{folder} is no complete checkpoint of a codebook run. Give a checkpoint-<step> folder of the output directory.")
+            raise CheckpointError(
+                f"{folder} is no complete checkpoint of a codebook run. Give a checkpoint-<step> folder of the output directory."
+            )
         about = files.read_json(folder / _STATE)
         then, now = about["run"], self._run()
         differing = [f"{key}: {then.get(key)!r} then, {now[key]!r} now" for key in now if key != "data" and then.get(key) != now[key]]
@@ -226,7 +229,7 @@ class CodebookTrainer(HostTrainer):
             self.reviver.restore({name: tensors[f"{name}/since"] for name in sites(self.hooked)}, main=main)
 
     def _load_best_model(self) -> None:
-        restore_(self.hooked, Path(self.state.best_model_checkpoint))
+        restore_(self.hooked, Path(str(self.state.best_model_checkpoint)))
 
 
 class _CodebookCallback(TrainerCallback):
