@@ -50,10 +50,11 @@ def make_hf(architecture: str, **changes: Any) -> Any:
 
     common: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     if architecture == "gpt2":
-        config = hf.GPT2Config(n_embd=D_MODEL, n_layer=N_LAYERS, n_head=N_HEADS, n_positions=N_CTX, n_inner=48, **common | changes)
+        sizes = dict(n_embd=D_MODEL, n_layer=N_LAYERS, n_head=N_HEADS, n_positions=N_CTX, n_inner=48)
+        config = hf.GPT2Config(**sizes | common | changes)
     elif architecture == "neox":
         sizes = {"hidden_size": D_MODEL, "intermediate_size": 64, "num_hidden_layers": N_LAYERS, "num_attention_heads": N_HEADS}
-        config = hf.GPTNeoXConfig(**sizes, max_position_embeddings=N_CTX, **common | changes)
+        config = hf.GPTNeoXConfig(**sizes | dict(max_position_embeddings=N_CTX) | common | changes)
     elif architecture == "neo":
         config = hf.GPTNeoConfig(
             hidden_size=D_MODEL,
@@ -66,7 +67,7 @@ def make_hf(architecture: str, **changes: Any) -> Any:
         )
     elif architecture == "llama":
         sizes = {"hidden_size": D_MODEL, "intermediate_size": 48, "num_hidden_layers": N_LAYERS, "num_attention_heads": N_HEADS}
-        config = hf.LlamaConfig(**sizes, num_key_value_heads=2, max_position_embeddings=N_CTX, **common | changes)
+        config = hf.LlamaConfig(**sizes | dict(num_key_value_heads=2, max_position_embeddings=N_CTX) | common | changes)
     elif architecture in ODD_ARCHITECTURES:
         sizes = {"hidden_size": D_MODEL, "num_hidden_layers": N_LAYERS, "num_attention_heads": N_HEADS, "max_position_embeddings": N_CTX}
         if architecture == "opt":

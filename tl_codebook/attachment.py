@@ -12,7 +12,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from tl_codebook import hosts
-from tl_codebook.codebook import Codebook, CodebookConfig
+from tl_codebook.codebook import Codebook, CodebookConfig, Usage
 from tl_codebook.errors import AttachError, ConfigError, HookNeverFiredError, ShapeError, UnknownHookError, nearest
 from tl_codebook.names import CODES, HEAD_SITES, INPUT, SITES, Address, split_hook_name
 from tl_codebook.points import CodebookPoint, RelayPoint
@@ -365,13 +365,15 @@ def masked(model: Any, mask: Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"
 
 
 @contextmanager
-def count_usage(model: Any, names: str | Iterable[str] | None = None) -> Iterator[dict[str, Codebook]]:
-    """Count afresh which codes fire inside the ``with`` block, in evaluation too; the totals so far come back afterwards.
+def count_usage(model: Any, names: str | Iterable[str] | None = None) -> Iterator[dict[str, Usage]]:
+    """Count afresh which codes fire inside the ``with`` block, in evaluation too, and give the counts by hook name.
+
+    They can be read inside the block and after it; the codebooks' own totals are left as they were.
 
     >>> _ = attach(model, "mlp_out", n_codes=16, k=2)
-    >>> with count_usage(model) as books:
+    >>> with count_usage(model) as usage:
     ...     _ = model(torch.tensor([[1, 2, 3]]))
-    ...     int(books["blocks.0.hook_mlp_out"].usage.counts.sum())  # 3 positions, k=2
+    >>> int(usage["blocks.0.hook_mlp_out"].counts.sum())  # 3 positions, k=2
     6
     """
     books = {point.site: point.codebook for point in match_sites(model, names)}
@@ -380,7 +382,7 @@ def count_usage(model: Any, names: str | Iterable[str] | None = None) -> Iterato
         for book in books.values():
             book.usage = type(book.usage)(book.n_groups, book.n_codes, book.d_group, book.codes.device)
             book.count_when = "always"
-        yield books
+        yield {name: book.usage for name, book in books.items()}
     finally:
         for book, usage, when in before:
             book.usage, book.count_when = usage, when

@@ -1,4 +1,4 @@
-"""Known traps of running TransformerLens hosts with codebooks, one test each. The others: test_traps_attaching, test_compile, test_usage."""
+"""Known traps of running hosts with codebooks, one test each. The others: test_traps_attaching, test_compile, test_usage."""
 
 import pytest
 import torch

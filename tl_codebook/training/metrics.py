@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_codebook.codebook import Codebook, Usage
+from tl_codebook.codebook import Usage
 
 __all__ = ["summarise_codes", "summarise_sums"]
 
@@ -24,19 +24,23 @@ def summarise_sums(prediction: Any) -> dict[str, float]:
     return {"loss": loss / max(tokens, 1), "accuracy": correct / max(tokens, 1), "tokens": tokens}
 
 
-def summarise_codes(books: Mapping[str, Codebook], summed: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> dict[str, float]:
+def summarise_codes(usages: Mapping[str, Usage], summed: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> dict[str, float]:
     """Return the share of dead codes, the mean perplexity of a group and the mean fraction of variance unexplained, over all codebooks.
 
+    Empty where nothing was counted (codebooks bypassed): a share of nothing is no figure.
+
     Args:
-        books: Codebooks whose usage has been counted.
+        usages: What was counted, by hook name (`count_usage`).
         summed: Adds a tensor up over processes.
     """
     totals: list[Usage] = []
-    for book in books.values():
-        total = Usage(book.n_groups, book.n_codes, book.d_group, book.codes.device)
-        for name, tensor in book.usage.tensors().items():
+    for usage in usages.values():
+        total = Usage(*usage.total.shape[:1], usage.counts.shape[1], usage.total.shape[1])
+        for name, tensor in usage.tensors().items():
             setattr(total, name, summed(tensor))
         totals.append(total)
+    if not any(int(total.n_vectors) for total in totals):
+        return {}
     dead = sum(int((total.counts == 0).sum()) for total in totals)
     codes = sum(total.counts.numel() for total in totals)
     return {

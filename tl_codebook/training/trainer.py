@@ -166,10 +166,10 @@ class CodebookTrainer(HostTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as `Trainer` does, and add what the codes did: dead codes, perplexity, unexplained variance."""
-        with count_usage(self.hooked) as books:
+        with count_usage(self.hooked) as usages:
             output = super().evaluation_loop(*args, **kwargs)
             prefix = kwargs.get("metric_key_prefix", "eval")
-            (output.metrics or {}).update({f"{prefix}_{key}": value for key, value in summarise_codes(books, self._summed).items()})
+            (output.metrics or {}).update({f"{prefix}_{key}": value for key, value in summarise_codes(usages, self._summed).items()})
         return output
 
     def _summed(self, tensor: Tensor) -> Tensor:

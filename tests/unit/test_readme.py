@@ -1,0 +1,50 @@
+"""The README: its code runs, its tables are those of the committed results."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import tl_codebook as tlc
+from tests.benchmarks import stories
+from tests.tiny import write_hf_folder
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+TEXT = README.read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.S)
+
+
+def test_the_code_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_hf_folder(tmp_path / "base", "llama", num_hidden_layers=5)
+    code = blocks("python")[0]
+    # the same lines, on a model and texts small enough for a test
+    code = code.replace("path/to/a/huggingface/model", "base").replace("max_steps=300", "max_steps=2, use_cpu=True, disable_tqdm=True")
+    code = code.replace("Once upon a time", "w3 w4 w5 w6").replace("She went to the", "w3 w4")
+    code = code.replace("n_codes=256", "n_codes=96")
+    names = {"stories": ["w5 w6 w7 w8 w9 w10"] * 60}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["cache"]["blocks.3.hook_mlp_out.hook_codes"].shape == (1, names["tokens"].shape[1], 8)
+    assert set(tlc.sites(names["model"])) == {f"blocks.{i}.{site}" for i in range(5) for site in ("attn.hook_z", "hook_mlp_out")}
+    assert torch.isfinite(names["logits"]).all()
+
+
+def test_the_install_commands_name_files_that_are_there():
+    commands = "\n".join(blocks("bash"))
+    for name in re.findall(r"-c (\S+)", commands):
+        assert (README.parent / name).is_file(), name
+    for link in re.findall(r"\]\(((?!http)[^)#]+)\)", TEXT):
+        assert (README.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("name", re.findall(r"<!-- table: (\w+) -->", TEXT))
+def test_tables_are_those_of_the_committed_results(name):
+    assert name == "stories"
+    table = re.search(rf"<!-- table: {name} -->\n(.*?)\n<!-- end -->", TEXT, flags=re.S)
+    assert table, f"the README has no table {name}"
+    assert table[1].strip() == stories.table(json.loads(stories.RESULTS.read_text()))
