@@ -18,7 +18,7 @@ from tests.tiny import HOSTS, KINDS, make_hf, make_host, make_tokenizer
 from tl_codebook import Codebooks, CodebookConfig
 from tl_codebook.checkpoint import restore_
 from tl_codebook.convert.huggingface import load_hf
-from tl_codebook.errors import AttachError, CheckpointError, CheckpointExistsError, ShapeError
+from tl_codebook.errors import AttachError, BasisWarning, CheckpointError, CheckpointExistsError, ShapeError
 
 ALL_KINDS = [*KINDS, "native", *["native-bridge"] * ("hooked" in HOSTS)]
 FIRST = KINDS[0]
@@ -28,6 +28,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def trained(kind, seed=4):
     """A host with codebooks of two kinds, its weights and codes moved away from how they were made."""
     model = host_of(kind)
+    torch.manual_seed(seed)
     tlc.attach(model, {"z": CodebookConfig(12, 3), "mlp_out": CodebookConfig.paper(10, 2)})
     noise = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -210,7 +211,7 @@ def test_codes_attach_to_a_plain_base(kind, tmp_path):
     tlc.detach(plain)
     base = state_of(plain)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", BasisWarning)
         tlc.attach(plain, Codebooks.from_pretrained(tmp_path / "codes"))
     assert_equal(run(plain), before)
     tlc.detach(plain)
@@ -225,7 +226,7 @@ def test_codes_go_from_one_host_to_the_other_and_back(architecture, tmp_path):
     tlc.attach(hosts["hooked"], ["z", "mlp_out", "k"], n_codes=12, k=3)
     Codebooks.of(hosts["hooked"]).save_pretrained(tmp_path / "there")
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", BasisWarning)
         tlc.attach(hosts["bridge"], Codebooks.from_pretrained(tmp_path / "there"))
         Codebooks.of(hosts["bridge"]).save_pretrained(tmp_path / "back")
         back = load_hf(copy.deepcopy(hf), tokenizer, host="hooked")

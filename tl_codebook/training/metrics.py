@@ -35,7 +35,8 @@ def summarise_codes(usages: Mapping[str, Usage], summed: Callable[[Tensor], Tens
     """
     totals: list[Usage] = []
     for usage in usages.values():
-        total = Usage(*usage.total.shape[:1], usage.counts.shape[1], usage.total.shape[1])
+        n_groups, d_group = usage.total.shape
+        total = Usage(n_groups, usage.counts.shape[1], d_group)
         for name, tensor in usage.tensors().items():
             setattr(total, name, summed(tensor))
         totals.append(total)

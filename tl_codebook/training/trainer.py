@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from tl_codebook import files, hosts
 from tl_codebook.attachment import count_usage, sites
@@ -95,6 +96,8 @@ class CodebookTrainer(HostTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Start the codes if they are noise, then train; see `Trainer.train`."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = self._last_complete()
         books = [point.codebook for point in sites(self.hooked).values()]
         wanted = [(parameter, parameter.requires_grad) for parameter in self.hooked.parameters()]
         own = {id(parameter) for book in books for parameter in book.parameters()}
@@ -182,20 +185,32 @@ class CodebookTrainer(HostTrainer):
         folder.mkdir(parents=True, exist_ok=True)
         save(self.hooked, folder, overwrite=True)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        # The checkpoint is complete when HF has written its own files; ours of the reviver go in first, under the folder's final name.
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Save the counts of the reviver beside the RNG state; `Trainer` calls this on every process, just before its own state."""
+        super()._save_rng_state(output_dir)
         counts = {} if self.reviver is None else self.reviver.counts()
-        super()._save_checkpoint(model, trial)
         if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            if folder.is_dir():
-                usage = {
-                    f"{name}/{key}": value
-                    for name, point in sites(self.hooked).items()
-                    for key, value in point.codebook.usage.tensors().items()
-                }
-                entry = files.write_tensors(folder, "training", usage | {f"{name}/since": value for name, value in counts.items()})
-                files.replace_json(folder / _STATE, {"format_version": 1, "counts": entry, "run": self._run()})
+            folder = Path(output_dir)
+            usage = {
+                f"{name}/{key}": value
+                for name, point in sites(self.hooked).items()
+                for key, value in point.codebook.usage.tensors().items()
+            }
+            entry = files.write_tensors(folder, "training", usage | {f"{name}/since": value for name, value in counts.items()})
+            files.replace_json(folder / _STATE, {"format_version": 1, "counts": entry, "run": self._run()})
+
+    def _last_complete(self) -> str:
+        """Return the newest checkpoint of the output directory that was written to its end."""
+        complete = [
+            folder
+            for folder in Path(str(self.args.output_dir)).glob("checkpoint-*")
+            if folder.name.removeprefix("checkpoint-").isdigit() and all((folder / name).is_file() for name in (_STATE, TRAINER_STATE_NAME))
+        ]
+        if not complete:
+            raise TrainingError(
+                f"{self.args.output_dir} holds no complete checkpoint to resume from. Start without resume, or wait for a save."
+            )
+        return str(max(complete, key=lambda folder: int(folder.name.removeprefix("checkpoint-"))))
 
     def _run(self) -> dict[str, Any]:
         """Describe what a resumed run must share with the one that it continues."""
