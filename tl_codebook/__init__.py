@@ -9,10 +9,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tl_codebook.attachment import attach, bypassed, count_usage, detach, masked, refresh, sites
+    from tl_codebook.attachment import attach, detach, refresh, sites
     from tl_codebook.basis import fingerprint
     from tl_codebook.checkpoint import Codebooks, load, save
     from tl_codebook.codebook import Codebook, CodebookConfig
+    from tl_codebook.contexts import bypassed, count_usage, masked
     from tl_codebook.convert.huggingface import load_hf
     from tl_codebook.interventions import ban_code, force_code, patch_codes, swap_codes
     from tl_codebook.names import Address, Code
@@ -31,8 +32,8 @@ _HOME = {
     "Codebooks": "checkpoint",
     "attach": "attachment",
     "ban_code": "interventions",
-    "bypassed": "attachment",
-    "count_usage": "attachment",
+    "bypassed": "contexts",
+    "count_usage": "contexts",
     "detach": "attachment",
     "fingerprint": "basis",
     "force_code": "interventions",
@@ -40,7 +41,7 @@ _HOME = {
     "load": "checkpoint",
     "load_dataset_from": "training",
     "load_hf": "convert.huggingface",
-    "masked": "attachment",
+    "masked": "contexts",
     "patch_codes": "interventions",
     "refresh": "attachment",
     "save": "checkpoint",

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from tl_codebook import hosts
-from tl_codebook.codebook import Codebook, CodebookConfig, Usage
+from tl_codebook.codebook import Codebook, CodebookConfig
 from tl_codebook.errors import AttachError, ConfigError, HookNeverFiredError, ShapeError, UnknownHookError, nearest
 from tl_codebook.names import CODES, HEAD_SITES, INPUT, SITES, Address, split_hook_name
 from tl_codebook.points import CodebookPoint, RelayPoint
 
-__all__ = ["attach", "bypassed", "count_usage", "detach", "masked", "match_sites", "refresh", "sites"]
+__all__ = ["attach", "detach", "match_sites", "refresh", "sites"]
 
 Books = Mapping[str, Codebook | CodebookConfig]
 
@@ -273,6 +271,10 @@ def sites(model: Any) -> dict[str, CodebookPoint]:
     """Return the hook points that hold a codebook, by hook name: each once, in the order of the layers.
 
     Iterate this rather than `hook_dict` or a cache, where a Bridge lists a hook point under two or three names.
+
+    >>> _ = attach(model, ["z", "mlp_out"], layers=-1, n_codes=16)
+    >>> list(sites(model))
+    ['blocks.1.attn.hook_z', 'blocks.1.hook_mlp_out']
     """
     points = [m for m in hosts.as_host(model).modules() if isinstance(m, CodebookPoint) and "site" in m.__dict__]
     order = list(SITES)
@@ -307,7 +309,13 @@ def match_sites(model: Any, names: str | Iterable[str] | None = None) -> list[Co
 
 
 def refresh(model: Any) -> None:
-    """Publish the names of the codebooks' hook points again, as `enable_compatibility_mode()` makes necessary on a Bridge."""
+    """Publish the names of the codebooks' hook points again, as `enable_compatibility_mode()` makes necessary on a Bridge.
+
+    >>> _ = attach(model, "mlp_out", n_codes=16)
+    >>> refresh(model)
+    >>> "blocks.0.hook_mlp_out.hook_codes" in model.hook_dict
+    True
+    """
     model = hosts.as_host(model)
     if not hosts.is_bridge(model):
         model.setup()
@@ -327,62 +335,3 @@ def refresh(model: Any) -> None:
     kind = hosts.StrictRegistry if points else dict
     if type(registry) is not kind:
         model._hook_registry = kind(registry)
-
-
-@contextmanager
-def bypassed(model: Any, names: str | Iterable[str] | None = None) -> Iterator[Any]:
-    """Run the model without its codebooks (or without those that `names` match) inside the ``with`` block.
-
-    >>> tokens = torch.tensor([[1, 2, 3]])
-    >>> before = model(tokens)
-    >>> _ = attach(model, "mlp_out", n_codes=16)
-    >>> with bypassed(model):
-    ...     torch.equal(model(tokens), before)
-    True
-    """
-    points = match_sites(model, names)
-    before = [point.enabled for point in points]
-    try:
-        for point in points:
-            point.enabled = False
-        yield model
-    finally:
-        for point, enabled in zip(points, before, strict=True):
-            point.enabled = enabled
-
-
-@contextmanager
-def masked(model: Any, mask: Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"] | None) -> Iterator[Any]:
-    """Leave the positions where `mask` is 0 (padding) out of usage counts and loss terms inside the ``with`` block."""
-    books = [point.codebook for point in match_sites(model)]
-    try:
-        for book in books:
-            book.token_mask = None if mask is None else mask.bool()
-        yield model
-    finally:
-        for book in books:
-            book.token_mask = None
-
-
-@contextmanager
-def count_usage(model: Any, names: str | Iterable[str] | None = None) -> Iterator[dict[str, Usage]]:
-    """Count afresh which codes fire inside the ``with`` block, in evaluation too, and give the counts by hook name.
-
-    They can be read inside the block and after it; the codebooks' own totals are left as they were.
-
-    >>> _ = attach(model, "mlp_out", n_codes=16, k=2)
-    >>> with count_usage(model) as usage:
-    ...     _ = model(torch.tensor([[1, 2, 3]]))
-    >>> int(usage["blocks.0.hook_mlp_out"].counts.sum())  # 3 positions, k=2
-    6
-    """
-    books = {point.site: point.codebook for point in match_sites(model, names)}
-    before = [(book, book.usage, book.count_when) for book in books.values()]
-    try:
-        for book in books.values():
-            book.usage = type(book.usage)(book.n_groups, book.n_codes, book.d_group, book.codes.device)
-            book.count_when = "always"
-        yield {name: book.usage for name, book in books.items()}
-    finally:
-        for book, usage, when in before:
-            book.usage, book.count_when = usage, when

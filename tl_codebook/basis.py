@@ -18,7 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_codebook import hosts
-from tl_codebook.attachment import bypassed, sites
+from tl_codebook.attachment import sites
+from tl_codebook.contexts import bypassed
 from tl_codebook.errors import BasisMismatchError, BasisWarning
 from tl_codebook.names import split_hook_name
 

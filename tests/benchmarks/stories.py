@@ -1,4 +1,4 @@
-"""What codebooks cost a real language model: the stories model fine-tuned without codebooks, with this package's recipe, and with the paper's.
+"""What codebooks cost a real language model: the stories model fine-tuned without codebooks, with our recipe, and with the paper's.
 
     python -m tests.benchmarks.stories            # runs, about a quarter of an hour on two cores, and writes results/stories.json
     python -m tests.benchmarks.stories --table    # prints the README's table from it
@@ -30,13 +30,14 @@ def run(recipe: str, steps: int, seed: int, extra: list[str]) -> dict:
         argv += ["--recipe", recipe, "--max_steps", str(steps), "--seed", str(seed), "--output_dir", folder]
         subprocess.run([sys.executable, "-m", "tl_codebook", "train", *argv], check=True)
         result = json.loads((Path(folder) / "results.json").read_text())
-    result["command"] = f"tl-codebook train {COMMON} {' '.join(extra)} --recipe {recipe} --max_steps {steps} --seed {seed}".replace("  ", " ")
+    words = ["tl-codebook train", COMMON, *extra, f"--recipe {recipe} --max_steps {steps} --seed {seed}"]
+    result["command"] = " ".join(words)
     return result
 
 
 def table(results: dict) -> str:
     lines = [
-        "| stories260K, 5 layers, z (8 heads x 256 codes) + mlp_out (1,024 codes), k=8 | held-out loss | cost of codes | accuracy | dead codes |",
+        "| stories260K, z (8 heads x 256 codes) + mlp_out (1,024), k=8, 5 layers | held-out loss | cost of codes | accuracy | dead codes |",
         "|---|---|---|---|---|",
     ]
     runs = {row["recipe"]: row for row in results["runs"]}
@@ -52,7 +53,8 @@ def table(results: dict) -> str:
         trained = row["trained"]
         cost = "" if recipe == "none" else f"+{trained['loss'] - without:.3f}"
         dead = "" if recipe == "none" else f"{trained['dead_codes']:.1%}"
-        lines.append(f"| {NAMES[recipe]}, {row['tokens']:,} tokens, {row['seconds']:.0f} s | {trained['loss']:.3f} | {cost} | {trained['accuracy']:.2%} | {dead} |")
+        name = f"{NAMES[recipe]}, {row['tokens']:,} tokens, {row['seconds']:.0f} s"
+        lines.append(f"| {name} | {trained['loss']:.3f} | {cost} | {trained['accuracy']:.2%} | {dead} |")
     where = results["where"]
     lines.append("")
     lines.append(

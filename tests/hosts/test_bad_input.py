@@ -220,7 +220,7 @@ def test_fault_34_a_hook_point_with_whole_numbers_is_refused(model):
         ({"n_codes": 8, "k": 9}, r"k=9 codes were asked for, but there are n_codes=8. Give k <= n_codes"),
         (
             {"n_codes": 8, "n_groups": 5},
-            r"'blocks.0.hook_mlp_out': d_in=32 cannot be split into n_groups=5 equal groups. Divisors near 5: 4, 8",
+            r"'blocks.0.hook_mlp_out': d_in=32 cannot be split into n_groups=5 equal groups. Divisors near 5: 2, 4",
         ),
         ({"n_codes": 8, "similarity": "cosine"}, r"similarity='cosine' is not known. Choose one of"),
         ({"n_codes": 8, "selection": "residual", "reduce": "mean"}, r"Greedy pursuit adds up its codes: use reduce='sum'"),

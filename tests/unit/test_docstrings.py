@@ -22,7 +22,7 @@ def examples():
 
 @pytest.mark.parametrize("example", examples(), ids=lambda example: example.name.removeprefix("tl_codebook."))
 def test_example(example, tmp_path, capsys):
-    needs_model = any("model" in e.source for e in example.examples)
+    needs_model = any("model" in e.source or "load_hf" in e.source for e in example.examples)
     example.globs |= {"torch": torch, "tmp_path": tmp_path} | ({"model": make_host("native")} if needs_model else {})
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
     result = runner.run(example, clear_globs=False)

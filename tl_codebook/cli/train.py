@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from tl_codebook.errors import ConfigError, TrainingError
+from tl_codebook.errors import ConfigError, DataError, TrainingError
 from tl_codebook.files import check_writable, replace_json
 
 __all__ = ["RunArguments", "run"]
@@ -58,7 +58,7 @@ def run(argv: Sequence[str]) -> int:
     if finished.exists() and not what.resume:
         raise TrainingError(f"{args.output_dir} holds a finished run. Choose another --output_dir, or --resume.")
     set_seed(args.seed)
-    results = _train(what, config, args)
+    results = _train(what, config, args) | {"command": shlex.join(["tl-codebook", "train", *argv])}
     if args.should_save:
         replace_json(finished, results)
         print(_table(results))
@@ -104,20 +104,23 @@ def _train(what: RunArguments, config: Any, args: Any) -> dict[str, Any]:
     import torch
 
     from tl_codebook import CodebookConfig, attach, load_dataset_from, load_hf
+    from tl_codebook.training.data import tokenize_dataset
     from tl_codebook.training.host_trainer import HostTrainer
     from tl_codebook.training.trainer import CodebookTrainer
 
-    data = load_dataset_from(what.dataset)
-    if what.eval_dataset is None:
-        held = max(1, len(data) // 20)
-        if len(data) < 2:
-            raise ConfigError("the dataset has one text, so none can be held out. Give --eval_dataset.")
-        train_data, eval_data = data.select(range(len(data) - held)), data.select(range(len(data) - held, len(data)))
-    else:
-        train_data, eval_data = data, load_dataset_from(what.eval_dataset)
+    texts = load_dataset_from(what.dataset)
+    held_out = None if what.eval_dataset is None else load_dataset_from(what.eval_dataset)
     model = load_hf(what.model, host=what.host)
+    rows = tokenize_dataset(texts, model, context_length=what.context_length)
+    if held_out is not None:
+        train_rows, eval_rows = rows, tokenize_dataset(held_out, model, context_length=what.context_length)
+    elif len(rows) > 1:
+        first_held = len(rows) - max(1, len(rows) // 20)
+        train_rows, eval_rows = rows.select(range(first_held)), rows.select(range(first_held, len(rows)))
+    else:
+        raise DataError(f"{what.dataset} fills one row of tokens, so none can be held out. Give --eval_dataset, or more text.")
     trainer: Any
-    common = {"train_dataset": train_data, "eval_dataset": eval_data, "context_length": what.context_length}
+    common = {"train_dataset": train_rows, "eval_dataset": eval_rows}
     if what.recipe == "none":
         trainer = HostTrainer(model, args, **common)
         results: dict[str, Any] = {"base": _figures(trainer.evaluate())}
@@ -136,17 +139,16 @@ def _train(what: RunArguments, config: Any, args: Any) -> dict[str, Any]:
     state = trainer.train(resume_from_checkpoint=True if what.resume else None)
     seconds = time.perf_counter() - started
     results["trained"] = _figures(trainer.evaluate())
-    rows = trainer.train_dataset["input_ids"]
+    lengths = [len(row) for row in train_rows["input_ids"]]
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * trainer.accelerator.num_processes
     results |= {
         "recipe": what.recipe,
         "steps": state.global_step,
-        "tokens": int(state.global_step * batch * (sum(map(len, rows)) / len(rows))),
+        "tokens": int(state.global_step * batch * sum(lengths) / len(lengths)),
         "seconds": round(seconds, 1),
         "seed": args.seed,
         "device": str(args.device),
         "threads": torch.get_num_threads(),
-        "command": "tl-codebook train " + " ".join(sys.argv[2:]),
     }
     if what.recipe != "none" and args.should_save:
         from tl_codebook import save

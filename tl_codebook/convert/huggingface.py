@@ -33,6 +33,10 @@ def load_hf(
     Raises:
         CheckpointError: the folder holds no such model, or TransformerLens cannot represent it (its logits differ from Hugging Face's).
         ConfigError: an unknown host, or HookedTransformer on TransformerLens 4.
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> load_hf(GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_inner=48))).cfg.d_mlp
+    48
     """
     hooked = hooked_transformer_class()
     host = host or ("hooked" if hooked is not None else "bridge")

@@ -22,6 +22,10 @@ def load_dataset_from(source: str | Path, split: str = "train") -> Any:
 
     Raises:
         DataError: there is no such file, or nothing in it.
+
+    >>> _ = (tmp_path / "texts.jsonl").write_text('{"text": "Once upon a time"}')
+    >>> load_dataset_from(tmp_path / "texts.jsonl")["text"][0]
+    'Once upon a time'
     """
     import datasets
 
@@ -64,6 +68,9 @@ def tokenize_dataset(data: Any, model: Any, *, context_length: int | None = None
 
     Raises:
         DataError: no text, no tokens, a token id outside the vocabulary, a row longer than the context.
+
+    >>> tokenize_dataset(["w3 w4", "w5 w6 w7"], model, context_length=4)["input_ids"][0]  # 1 is the BOS
+    [1, 3, 4, 1]
     """
     import datasets
 

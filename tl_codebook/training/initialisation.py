@@ -16,8 +16,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_codebook import hosts
-from tl_codebook.attachment import bypassed, match_sites
+from tl_codebook.attachment import match_sites
 from tl_codebook.codebook import Codebook
+from tl_codebook.contexts import bypassed
 from tl_codebook.errors import DataError
 from tl_codebook.points import CodebookPoint
 from tl_codebook.snap import decode, select

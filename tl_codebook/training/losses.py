@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tl_codebook.attachment import masked, sites
+from tl_codebook.attachment import sites
 from tl_codebook.codebook import Codebook
+from tl_codebook.contexts import masked
 from tl_codebook.errors import TrainingError
 from tl_codebook.training.config import CodebookTrainingConfig
 

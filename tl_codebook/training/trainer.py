@@ -16,8 +16,9 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from tl_codebook import files, hosts
-from tl_codebook.attachment import count_usage, sites
+from tl_codebook.attachment import sites
 from tl_codebook.checkpoint import MANIFEST, restore_, save
+from tl_codebook.contexts import count_usage
 from tl_codebook.errors import CheckpointError, NonFiniteError, TrainingError
 from tl_codebook.training.config import CodebookTrainingConfig
 from tl_codebook.training.data import collate
