@@ -189,6 +189,8 @@ def _built(
 
 
 def _adopt(model: Any, books: Mapping[str, Codebook]) -> None:
+    for name, book in books.items():  # first what may fail: a device without room for the codes
+        book.to(device=hosts.home_device(model, name)).train(model.training)
     clock = hosts.PositionClock.of(model)
     for name, book in books.items():
         if split_hook_name(name)[1] == "resid_delta":
@@ -197,7 +199,6 @@ def _adopt(model: Any, books: Mapping[str, Codebook]) -> None:
         else:
             point = model.hook_dict[name]
         point.__class__ = CodebookPoint
-        book.to(device=hosts.home_device(model, name)).train(model.training)
         point.adopt(name, book, clock)
     refresh(model)
 
@@ -205,7 +206,7 @@ def _adopt(model: Any, books: Mapping[str, Codebook]) -> None:
 def _make_delta(model: Any, name: str) -> None:
     hooks, block = model.hook_dict, name.rpartition(".")[0]
     start, end = hooks[f"{block}.hook_resid_pre"], hooks[f"{block}.hook_resid_post"]
-    delta = CodebookPoint()
+    delta = CodebookPoint().train(model.training)
     for point, role in ((start, "feeds"), (end, "delta")):
         if type(point) is HookPoint:
             point.__class__ = RelayPoint

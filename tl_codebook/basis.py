@@ -92,10 +92,12 @@ class Basis:
                     centred = before - before.mean()
                     if float((centred - after).norm() / centred.norm().clamp(min=1e-8)) <= _TOLERANCE:
                         return f"this model {what} centred writing weights (center_writing_weights)"
-        if now.processing.get("processed", False) != self.processing.get("processed", False):
-            flags = [name for name, on in now.processing.items() if on and name != "processed"] or ["enable_compatibility_mode()"]
-            have = "this model's weights were processed" if now.processing.get("processed") else "the codes come from processed weights"
-            return f"{have} ({', '.join(flags)} and fold_value_biases move z and v)"
+        then_on, now_on = self.processing, now.processing
+        flags = [name for name in now_on if name != "processed" and now_on[name] != then_on.get(name, now_on[name])]
+        if flags or now_on.get("processed", False) != then_on.get("processed", False):
+            more = any(now_on[name] for name in flags) or now_on.get("processed", False)
+            have = "this model's weights were processed" if more else "the codes come from processed weights"
+            return f"{have} ({', '.join(flags) or 'enable_compatibility_mode()'}), which moves z and v where there are value biases (fold_value_biases)"
         return ""
 
 

@@ -71,6 +71,16 @@ class Codebooks(dict[str, Codebook], ModelHubMixin, library_name="tl_codebook", 
         self.save_pretrained(save_directory, overwrite=True)
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Codebooks:
+        """Read codebooks from a folder or, by name, from the Hugging Face hub.
+
+        Args:
+            pretrained_model_name_or_path: A folder that `save` or `save_pretrained` wrote, or a hub name.
+            kwargs: `revision`, `cache_dir`, `force_download`, `local_files_only`, `token` for the hub; `allow_nonfinite`.
+        """
+        return cls._from_pretrained(model_id=str(pretrained_model_name_or_path), **kwargs)
+
+    @classmethod
     def _from_pretrained(
         cls,
         *,

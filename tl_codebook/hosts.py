@@ -119,7 +119,9 @@ def resolve_sites(model: Any, sites: str | Sequence[str], layers: int | Sequence
         if site not in SITES:
             raise UnknownHookError(f"no site {site!r}. {nearest(str(site), SITES)}Sites: {' '.join(SITES)}.")
     total = n_layers(model)
-    chosen = range(total) if layers is None else [layers] if isinstance(layers, int) else list(layers)
+    chosen = range(total) if layers is None else list(layers) if isinstance(layers, Sequence) and not isinstance(layers, str) else [layers]
+    if not chosen:
+        raise UnknownHookError(f"no layer was given. Give one or more of 0 to {total - 1}, or leave layers out for all of them.")
     for layer in chosen:
         if isinstance(layer, bool) or not isinstance(layer, int) or not -total <= layer < total:
             raise UnknownHookError(f"no layer {layer!r}: the model has {total} layers. Give 0 to {total - 1}, or -{total} to -1.")
@@ -264,4 +266,5 @@ def processing(model: Any) -> dict[str, bool]:
     out = model.W_O if model.cfg.attn_only else model.W_out
     centred = bool(out.mean(-1).abs().max() < 1e-5 * out.abs().max())
     folded = str(getattr(model.cfg, "normalization_type", "") or "").endswith("Pre")
-    return {"processed": folded or centred, "fold_ln": folded, "center_writing_weights": centred}
+    no_value_bias = bool((model.b_V == 0).all())  # says nothing by itself: a model may have none
+    return {"processed": folded or centred, "fold_ln": folded, "center_writing_weights": centred, "fold_value_biases": no_value_bias}

@@ -24,6 +24,7 @@ from tl_codebook.snap import select
 __all__ = ["CodeHook", "ban_code", "force_code", "patch_codes", "swap_codes"]
 
 Slots = Int[Tensor, "batch pos slot"]
+Wider = Int[Tensor, "batch pos wider"]
 Rows = Bool[Tensor, "#batch pos"]
 
 
@@ -89,12 +90,12 @@ class CodeHook:
         full = full.squeeze(2) if plain else full
         return full.squeeze(0) if unbatched else full
 
-    def edit(self, ids: Slots, rows: Rows, call: SnapCall, group: int) -> Slots:
+    def edit(self, ids: Slots, rows: Rows, call: SnapCall, group: int) -> Wider:
         """Return the ids of one group with the rows edited."""
         raise AssertionError("each intervention says what it does")
 
 
-def _widened(ids: Int[Tensor, "... slot"], n_slots: int, book: Codebook) -> Int[Tensor, "... slot"]:
+def _widened(ids: Int[Tensor, "... slot"], n_slots: int, book: Codebook) -> Int[Tensor, "... wider"]:
     """Add slots that change nothing: empty ones where codes add up, no slots at all where a mean would count them."""
     extra = max(0, n_slots - ids.shape[-1])
     return torch.nn.functional.pad(ids, (0, extra), value=-2 if book.config.reduce == "mean" else -1)
@@ -109,7 +110,7 @@ class _Force(CodeHook):
             raise ConfigError(f"slot={slot!r} was asked for. Give a whole number (-1 is the least similar), 'all' or 'append'.")
         self.slot = slot
 
-    def edit(self, ids: Slots, rows: Rows, call: SnapCall, group: int) -> Slots:
+    def edit(self, ids: Slots, rows: Rows, call: SnapCall, group: int) -> Wider:
         forced = torch.tensor([code.code for code in self.codes], device=ids.device)
         n, n_slots = len(forced), ids.shape[-1]
         if self.slot == "append":
@@ -143,7 +144,7 @@ class _Ban(CodeHook):
         super().__init__(address, codes, positions)
         self.refill = refill
 
-    def edit(self, ids: Slots, rows: Rows, call: SnapCall, group: int) -> Slots:
+    def edit(self, ids: Slots, rows: Rows, call: SnapCall, group: int) -> Wider:
         book = call.codebook
         banned = torch.tensor([code.code for code in self.codes], device=ids.device)
         if call.disabled is None:
@@ -190,7 +191,7 @@ class _Ban(CodeHook):
 class _Swap(CodeHook):
     verb = "swap_codes"
 
-    def edit(self, ids: Slots, rows: Rows, call: SnapCall, group: int) -> Slots:
+    def edit(self, ids: Slots, rows: Rows, call: SnapCall, group: int) -> Wider:
         first, second = (code.code for code in self.codes)
         swapped = torch.where(ids == first, second, torch.where(ids == second, first, ids))
         return torch.where(rows.unsqueeze(-1), swapped, ids)
@@ -203,7 +204,7 @@ class _Patch(CodeHook):
         super().__init__(address, (), positions)
         self.source, self.source_pos = source, source_pos
 
-    def edit(self, ids: Slots, rows: Rows, call: SnapCall, group: int) -> Slots:
+    def edit(self, ids: Slots, rows: Rows, call: SnapCall, group: int) -> Wider:
         source = self._source(call.codebook, group).to(ids.device)
         batch, length = ids.shape[:2]
         offset, growing = call.clock.offset, call.clock.generating or call.clock.offset > 0

@@ -19,7 +19,7 @@ from transformer_lens.hook_points import HookPoint
 from tl_codebook.codebook import Codebook
 from tl_codebook.errors import AttachError, InvalidCodeError, ShapeError
 from tl_codebook.hosts import PositionClock
-from tl_codebook.names import CODES
+from tl_codebook.names import CODES, INPUT
 
 __all__ = ["CodebookPoint", "RelayPoint", "SnapCall", "current_call"]
 
@@ -104,7 +104,7 @@ class CodebookPoint(RelayPoint):
         self.site, self.enabled, self.n_snaps = site, True, 0
         self.__dict__["clock"] = clock
         codebook.label = site
-        self.hook_x, self.hook_codes = HookPoint(), HookPoint()
+        self.hook_x, self.hook_codes = HookPoint().train(self.training), HookPoint().train(self.training)
         self.codebook = codebook
 
     def release(self) -> Codebook:
@@ -140,7 +140,13 @@ class CodebookPoint(RelayPoint):
             )
         plain = book.n_groups == 1
         grouped = book.grouped(x.reshape(*lead, book.d_in))
-        seen = self.hook_x(grouped.squeeze(-2) if plain else grouped)
+        x_in = grouped.squeeze(-2) if plain else grouped
+        seen = self.hook_x(x_in)
+        if seen is not x_in and (
+            not isinstance(seen, Tensor) or seen.shape != x_in.shape or seen.dtype != x_in.dtype or seen.device != x_in.device
+        ):
+            kind = f"{seen.dtype} {tuple(seen.shape)} on {seen.device}" if isinstance(seen, Tensor) else f"a {type(seen).__name__}"
+            raise ShapeError(f"{self.site}.{INPUT}: a hook returned {kind}. Return {x_in.dtype} {tuple(x_in.shape)} on {x_in.device}.")
         y = book.normalise(seen.unsqueeze(-2) if plain else seen)
         chosen = book.choose(y)
         ids = chosen.squeeze(-2) if plain else chosen

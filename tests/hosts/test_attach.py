@@ -9,6 +9,7 @@ from torch import nn
 from transformer_lens.hook_points import HookPoint
 
 import tl_codebook as tlc
+from tests.hosts.prepared import MODELS
 from tests.hosts.state import TOKENS, assert_same_state, available, distinct, state_of
 from tests.tiny import HOSTS, KINDS, N_HEADS, ODD_ARCHITECTURES, make_host
 from tl_codebook import Codebook, CodebookConfig
@@ -278,9 +279,10 @@ FAILURES = {
 PREPARE = {"occupied": occupy, "NaN": break_second_block}
 
 
+@pytest.mark.parametrize("kind", [MODELS[0], MODELS[-1]])
 @pytest.mark.parametrize("failure", FAILURES)
-def test_a_failed_attach_leaves_the_model_bit_for_bit(model, failure):
-    sites, options, error, message = FAILURES[failure]
+def test_a_failed_attach_leaves_the_model_bit_for_bit(kind, failure):
+    model, (sites, options, error, message) = make_host(kind), FAILURES[failure]
     PREPARE.get(failure, lambda m: None)(model)
     seen = []
     model.add_hook("blocks.0.hook_resid_post", lambda x, hook: seen.append(x.shape))

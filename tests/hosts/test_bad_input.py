@@ -168,7 +168,6 @@ BAD_X = {
     "extra axis": lambda x: x.unsqueeze(0),
     "whole numbers": lambda x: x.long(),
     "complex": lambda x: x.to(torch.complex64),
-    "sparse": lambda x: x.to_sparse(),
     "meta": lambda x: x.to("meta"),
 }
 

@@ -24,11 +24,14 @@ def books_of(kind, sites=SITES):
     return Codebooks.of(model)
 
 
-def processed(architecture, **options):
-    """A HookedTransformer with weight processing as `from_pretrained` does it."""
+def processed(architecture, *options):
+    """A HookedTransformer with weight processing: all that `from_pretrained` does, or the options named."""
     model = make_host(f"hooked-{architecture}")
-    everything = {"fold_ln": True, "center_writing_weights": True, "center_unembed": True, "fold_value_biases": True}
-    model.process_weights_(**dict.fromkeys(everything, False) | (options or everything))
+    if options:
+        off = dict.fromkeys(("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases"), False)
+        model.load_and_process_state_dict(model.state_dict(), **off | dict.fromkeys(options, True))
+    else:
+        model.process_weights_()
     return model.eval()
 
 
@@ -55,7 +58,7 @@ def test_the_same_model_passes(kind):
 @pytest.mark.parametrize("kind", [f"{host}-gpt2" for host in HOSTS])
 @pytest.mark.parametrize("site", SITES)
 def test_a_processed_hooked_transformer_is_refused(kind, site):
-    match = {"z": r"weights were processed \(fold_ln.*fold_value_biases", "mlp_out": "center_writing_weights", "resid_post": "center_writing_weights"}
+    match = {"z": "fold_value_biases", "mlp_out": "center_writing_weights", "resid_post": "center_writing_weights"}
     books = books_of(kind, [site])
     assert_refused(processed("gpt2"), books, match[site])
 
@@ -64,13 +67,15 @@ def test_a_processed_hooked_transformer_is_refused(kind, site):
 @pytest.mark.parametrize("option", ["center_writing_weights", "fold_value_biases"])
 def test_one_kind_of_processing_alone_is_refused(option):
     site = {"center_writing_weights": "mlp_out", "fold_value_biases": "z"}[option]
-    assert_refused(processed("gpt2", **{option: True}), books_of("hooked-gpt2", [site]), option)
+    assert_refused(processed("gpt2", option), books_of("hooked-gpt2", [site]), option)
 
 
 @hooked_only
-def test_folding_layer_norms_alone_moves_nothing_and_passes():
-    model = processed("gpt2", fold_ln=True)
-    assert_passes(model, books_of("hooked-gpt2"))
+def test_folding_layer_norms_moves_nothing_outside_attention_and_passes():
+    model = make_host("hooked-gpt2")
+    model.process_weights_(center_writing_weights=False, center_unembed=False)
+    assert model.cfg.normalization_type == "LNPre"
+    assert_passes(model, books_of("hooked-gpt2", ["mlp_out", "resid_post"]))
 
 
 @hooked_only
@@ -97,7 +102,7 @@ def test_a_bridge_in_compatibility_mode(processing):
     bridge.enable_compatibility_mode(**({} if processing else {"no_processing": True}), disable_warnings=True)
     books = books_of("bridge-gpt2", ["mlp_out"])
     if processing:
-        with pytest.raises(BasisMismatchError, match="center_writing_weights.*enable_compatibility_mode"):
+        with pytest.raises(BasisMismatchError, match=r"center_writing_weights.*enable_compatibility_mode"):
             tlc.attach(bridge, books)
     else:
         assert_passes(bridge, books)
@@ -138,10 +143,11 @@ def test_a_fine_tuned_base_only_warns(kind):
 
 
 @pytest.mark.parametrize("kind", [f"{host}-gpt2" for host in HOSTS])
-def test_another_tokenizer_is_refused(kind):
+def test_another_tokenizer_is_refused(kind, tmp_path):
     books, tokenizer = books_of(kind), make_tokenizer()
     tokenizer.add_tokens(["w61"])
-    model = load_hf(make_hf("gpt2"), tokenizer, host=kind.partition("-")[0])
+    tokenizer.save_pretrained(tmp_path)
+    model = load_hf(make_hf("gpt2"), str(tmp_path), host=kind.partition("-")[0])
     before = state_of(model)
     with pytest.raises(BasisMismatchError, match="another tokenizer"):
         tlc.attach(model, books)

@@ -15,7 +15,7 @@ import tl_codebook as tlc
 from tests.hosts.state import TOKENS, assert_same_state, state_of
 from tests.hosts.training import MLP, assert_equal, codes, host_of, weights
 from tests.tiny import HOSTS, KINDS, make_hf, make_host, make_tokenizer
-from tl_codebook import Codebooks, CodebookConfig
+from tl_codebook import CodebookConfig, Codebooks
 from tl_codebook.checkpoint import restore_
 from tl_codebook.convert.huggingface import load_hf
 from tl_codebook.errors import AttachError, BasisWarning, CheckpointError, CheckpointExistsError, ShapeError
@@ -303,13 +303,20 @@ def test_push_to_hub_uploads_what_from_pretrained_reads(tmp_path, monkeypatch):
 
 
 def test_from_pretrained_downloads_from_the_hub_by_name(tmp_path, monkeypatch):
+    """The cache of the hub holds links to files beside the folder."""
     model = trained(FIRST)
     Codebooks.of(model).save_pretrained(tmp_path / "codes")
+    blobs, snapshot = tmp_path / "models--someone--codes/blobs", tmp_path / "models--someone--codes/snapshots/0a1b"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for i, path in enumerate(sorted((tmp_path / "codes").iterdir())):
+        path.rename(blobs / str(i))
+        (snapshot / path.name).symlink_to(Path("../../blobs") / str(i))
     asked = []
 
     def snapshot_download(repo_id, *, revision=None, allow_patterns=None, **kwargs):
         asked.append((repo_id, revision, allow_patterns))
-        return str(tmp_path / "codes")
+        return str(snapshot)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     books = Codebooks.from_pretrained("someone/codes", revision="v1")

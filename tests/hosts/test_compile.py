@@ -1,4 +1,9 @@
-"""torch.compile with codebooks: no graph breaks of our own, the results of eager, and whatever changes after compiling is seen."""
+"""torch.compile with codebooks: no graph breaks of our own, the results of eager, and whatever changes after compiling is seen.
+
+Whole models take seconds to compile, so most tests compile one hook point of a model.
+"""
+
+import logging
 
 import pytest
 import torch
@@ -7,18 +12,18 @@ from torch._dynamo.utils import counters
 
 import tl_codebook as tlc
 from tests.hosts.state import TOKENS
-from tests.tiny import HOSTS, make_host
+from tests.tiny import HOSTS, VOCABULARY, make_host
 from tl_codebook import ban_code, force_code
-from tl_codebook.hosts import is_bridge
+from tl_codebook.interventions import patch_codes
 
-SITE = "blocks.0.hook_mlp_out"
-HOOKED = [f"hooked-{architecture}" for architecture in ("gpt2", "llama")] if "hooked" in HOSTS else []
+SITE, N_CODES = "blocks.0.hook_mlp_out", 12
 
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
     """Start from nothing compiled, and without the shape checks of the tests, which Dynamo would have to trace."""
     config.update("jaxtyping_disable", True)
+    logging.getLogger("torch.__trace").setLevel(logging.CRITICAL)  # or pytest formats thousands of its records
     torch._dynamo.reset()
     counters.clear()
     yield
@@ -26,149 +31,170 @@ def _fresh_compiler():
     config.update("jaxtyping_disable", False)
 
 
-@pytest.fixture(params=HOOKED or [pytest.param("none", marks=pytest.mark.skip(reason="this TransformerLens has no HookedTransformer"))])
-def model(request):
-    return make_host(request.param)
+@pytest.fixture
+def small():
+    """A HookedTransformer of one block."""
+    if "hooked" not in HOSTS:
+        pytest.skip("this TransformerLens has no HookedTransformer")
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    sizes = {"n_layers": 1, "d_model": 32, "n_ctx": 16, "d_head": 8, "n_heads": 4, "d_vocab": VOCABULARY, "act_fn": "gelu"}
+    return HookedTransformer(HookedTransformerConfig(**sizes, seed=0, device="cpu")).eval()
 
 
-def attach(model, sites=("z", "mlp_out")):
-    return tlc.attach(model, list(sites), n_codes=12, k=2)
+@pytest.fixture
+def point():
+    """The codebook at one hook point of a model, which the tests call as the model would; it is the same on both hosts."""
+    model = make_host(f"{HOSTS[0]}-gpt2")
+    tlc.attach(model, ["z", "mlp_out"], layers=0, n_codes=N_CODES, k=2)
+    model(TOKENS)
+    return tlc.sites(model)[SITE]
 
 
-def compiled(model, **options):
-    return torch.compile(model, backend="aot_eager", **options)
+def compiled(function, **options):
+    return torch.compile(function, backend="aot_eager", **options)
 
 
-def assert_like_eager(fast, model, tokens=TOKENS):
-    with torch.no_grad():
-        torch.testing.assert_close(fast(tokens), model(tokens), rtol=1e-5, atol=1e-5)
+def activations():
+    return torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(4))
 
 
-def test_the_whole_model_is_one_graph(model):
-    attach(model, ["z", "mlp_out", "resid_delta", "resid_post"])
-    fast = compiled(model, fullgraph=True)
-    assert_like_eager(fast, model)
-    assert sum(counters["graph_break"].values()) == 0
+def breaks():
+    return sum(counters["graph_break"].values())
+
+
+@torch.no_grad()
+def assert_like_eager(fast, slow, x):
+    torch.testing.assert_close(fast(x), slow(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_whole_model_is_one_graph(small):
+    tlc.attach(small, ["z", "resid_delta", "resid_post"], n_codes=N_CODES, k=2)
+    fast = compiled(small, fullgraph=True)
+    assert_like_eager(fast, small, TOKENS)
+    assert breaks() == 0
     assert counters["stats"]["unique_graphs"] == 1
-    for _ in range(3):
-        fast(TOKENS)
-    with torch._dynamo.config.patch(error_on_recompile=True):  # the count of snaps, for one, must not be a guard
-        with torch.no_grad():
-            fast(TOKENS.flip(0))
-    assert counters["stats"]["unique_graphs"] <= 2  # with and without gradients
+    with torch._dynamo.config.patch(error_on_recompile=True), torch.no_grad():
+        for tokens in (TOKENS, TOKENS.flip(0)):  # the number of snaps, for one, must not be guarded
+            fast(tokens)
 
 
-@pytest.mark.parametrize("kind", [f"bridge-{architecture}" for architecture in ("gpt2", "llama")])
-def test_a_bridge_gives_the_results_of_eager(kind):
-    model = make_host(kind)
+@pytest.mark.slow
+def test_trap_19_hooks_added_to_a_model_after_compiling_are_honoured(small):
+    books = tlc.attach(small, "mlp_out", n_codes=N_CODES, k=2)
+    with torch.no_grad():
+        books[SITE].codes[0, 7] = 5.0
+        plain = small(TOKENS)
+    fast = compiled(small)
+    assert_like_eager(fast, small, TOKENS)
+    with small.hooks(fwd_hooks=[force_code("L0.mlp_out:7", pos=[1, -1])]), torch.no_grad():
+        forced = fast(TOKENS)
+        torch.testing.assert_close(forced, small(TOKENS), rtol=1e-5, atol=1e-5)
+    changed = (forced - plain).abs().amax(-1) > 1e-3
+    assert torch.equal(changed, torch.tensor([0, 1, 0, 0, 0, 0, 1], dtype=torch.bool).expand(2, -1))
+    assert_like_eager(fast, small, TOKENS)
+
+
+@pytest.mark.slow
+def test_a_bridge_gives_the_results_of_eager():
+    model = make_host("bridge-gpt2")
     fast = compiled(model)
     with torch.no_grad():
         fast(TOKENS)
-    before = sum(counters["graph_break"].values())
+    before = breaks()
     torch._dynamo.reset()
     counters.clear()
-    attach(model)
-    assert_like_eager(fast, model)
-    added = sum(counters["graph_break"].values()) - before
-    assert added <= 4, f"{added} graph breaks more than the {before} that a Bridge has of its own"  # one for each of the four codebooks
+    tlc.attach(model, ["z", "mlp_out"], n_codes=N_CODES, k=2)
+    assert_like_eager(fast, model, TOKENS)
+    added = breaks() - before
+    assert added <= 4, f"{added} graph breaks more than the {before} that a Bridge has of its own, for four codebooks"
 
 
-@pytest.mark.parametrize("hook", [force_code("L0.mlp_out:7", pos=[1, -1]), ban_code("L0.mlp_out:7"), force_code("L0.z.2:3", slot="append")])
-def test_trap_19_hooks_added_after_compiling_are_honoured(model, hook):
-    books = attach(model)
+def test_a_hook_point_is_one_graph_and_compiles_once(point):
+    fast = compiled(lambda x: point(x), fullgraph=True)
+    for x in (activations(), activations() * 2, -activations()):
+        assert_like_eager(fast, point, x)
+    assert breaks() == 0
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+HOOKS = {
+    "append": force_code("L0.mlp_out:7", slot="append"),
+    "ban": ban_code(list(range(6)), layer=0, site="mlp_out"),
+    "patch": patch_codes(torch.full((1, 7, 2), 3), "L0.mlp_out"),
+    "mine": (f"{SITE}.hook_codes", lambda ids, hook: torch.full_like(ids, -1)),
+}
+
+
+@pytest.mark.parametrize("name", ["mine", *(pytest.param(name, marks=pytest.mark.slow) for name in ("append", "ban", "patch"))])
+def test_trap_19_hooks_added_after_compiling_are_honoured(point, name):
+    x, fast = activations(), compiled(lambda x: point(x))
     with torch.no_grad():
-        books[SITE].codes[0, 7] = books[SITE].codes[0].mean(0) * 0.5
-        plain = model(TOKENS)
-    fast = compiled(model)
-    assert_like_eager(fast, model)
-    with model.hooks(fwd_hooks=[hook]), torch.no_grad():
-        expected = model(TOKENS)
+        plain = point(x)
+        point.clock.prompt_length = x.shape[1]
+        torch.testing.assert_close(fast(x), plain, rtol=1e-5, atol=1e-5)
+        point.hook_codes.add_hook(HOOKS[name][1])
+        expected = point(x)
         assert not torch.allclose(expected, plain, atol=1e-3)
-        torch.testing.assert_close(fast(TOKENS), expected, rtol=1e-5, atol=1e-5)
-    with torch.no_grad():  # and taken off again
-        torch.testing.assert_close(fast(TOKENS), plain, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(fast(x), expected, rtol=1e-5, atol=1e-5)
+        point.hook_codes.remove_hooks()
+        torch.testing.assert_close(fast(x), plain, rtol=1e-5, atol=1e-5)
 
 
-def test_trap_19_a_hook_of_the_users_own_after_compiling(model):
-    attach(model)
-    fast = compiled(model)
-    assert_like_eager(fast, model)
-    seen = []
-
-    def ablate(ids, hook):
-        seen.append(tuple(ids.shape))
-        return torch.full_like(ids, -1)
-
-    model.add_hook(f"{SITE}.hook_codes", ablate)
-    assert_like_eager(fast, model)
-    assert seen
-    assert set(seen) == {(2, 7, 2)}
+def test_trap_19_a_bad_edit_after_compiling_still_raises(point):
+    x, fast = activations(), compiled(lambda x: point(x))
+    fast(x)
+    point.hook_codes.add_hook(lambda ids, hook: ids + 100)
+    with pytest.raises(Exception, match=rf"{SITE}.hook_codes: a hook returned the id 1\d\d, but there are 12 codes"):
+        fast(x)
 
 
-def test_trap_19_a_bad_edit_after_compiling_still_raises(model):
-    attach(model)
-    fast = compiled(model)
-    fast(TOKENS)
-    model.add_hook(f"{SITE}.hook_codes", lambda ids, hook: ids + 100)
-    with pytest.raises(Exception, match=r"a hook returned the id 1\d\d, but there are 12 codes"):
-        fast(TOKENS)
-
-
-def test_attach_detach_bypass_and_new_codes_after_compiling_are_seen(model):
-    fast = compiled(model)
+def test_detach_bypass_and_new_codes_after_compiling_are_seen(point):
+    x, fast = activations(), compiled(lambda x: point(x))
     with torch.no_grad():
-        plain = model(TOKENS)
-        torch.testing.assert_close(fast(TOKENS), plain, rtol=1e-5, atol=1e-5)
-        books = attach(fast)  # the compiled wrapper is as good as the model
-        assert list(tlc.sites(model)) == list(books)
-        snapped = model(TOKENS)
-        assert not torch.allclose(snapped, plain, atol=1e-3)
-        torch.testing.assert_close(fast(TOKENS), snapped, rtol=1e-5, atol=1e-5)
-        with tlc.bypassed(model):
-            torch.testing.assert_close(fast(TOKENS), plain, rtol=1e-5, atol=1e-5)
-        for book in books.values():
-            book.codes.zero_()
-        assert not torch.allclose(model(TOKENS), snapped, atol=1e-3)
-        assert_like_eager(fast, model)
-        tlc.detach(fast)
-        torch.testing.assert_close(fast(TOKENS), plain, rtol=1e-5, atol=1e-5)
+        snapped = fast(x)
+        assert not torch.allclose(snapped, x, atol=1e-3)
+        point.enabled = False
+        assert torch.equal(fast(x), x)
+        point.enabled = True
+        torch.testing.assert_close(fast(x), snapped, rtol=1e-5, atol=1e-5)
+        point.codebook.codes.mul_(0.5)
+        assert not torch.allclose(point(x), snapped, atol=1e-3)
+        assert_like_eager(fast, point, x)
 
 
-def test_training_compiled_is_training_eager(model):
-    """Gradients, loss terms and counts."""
-    books = attach(model.train())
-    results = []
-    for run in (model, compiled(model)):
-        for book in books.values():
-            book.usage.reset()
-        model.zero_grad()
-        loss = run(TOKENS, return_type="loss") + sum(book.terms.reconstruction for book in books.values()) if run is model else None
-        if loss is None:
-            loss = run(TOKENS, return_type="loss")
-            loss = loss + sum(book.terms.reconstruction for book in books.values())
-        loss.backward()
-        results.append(
-            (
-                loss.detach(),
-                {name: book.codes.grad.clone() for name, book in books.items()},
-                {name: book.usage.counts.clone() for name, book in books.items()},
-            )
-        )
-    (loss, gradients, counts), (fast_loss, fast_gradients, fast_counts) = results
-    torch.testing.assert_close(fast_loss, loss, rtol=1e-5, atol=1e-5)
-    for name in books:
-        assert float(gradients[name].abs().sum()) > 0
-        torch.testing.assert_close(fast_gradients[name], gradients[name], rtol=1e-4, atol=1e-6)
-        assert torch.equal(fast_counts[name], counts[name])
-        assert int(counts[name].sum()) == TOKENS.numel() * books[name].n_groups * 2
+def test_attach_to_a_compiled_model_attaches_to_the_model(small):
+    fast = compiled(small)  # nothing is compiled before the first call
+    books = tlc.attach(fast, "mlp_out", n_codes=N_CODES)
+    assert list(tlc.sites(small)) == list(tlc.sites(fast)) == list(books) == [SITE]
+    with tlc.bypassed(fast):
+        assert not tlc.sites(small)[SITE].enabled
+    assert tlc.detach(fast) == books
+    assert tlc.sites(small) == {}
 
 
-def test_nan_is_caught_in_compiled_code_too(model):
-    attach(model)
-    fast = compiled(model)
-    fast(TOKENS)
-    assert not is_bridge(model)
+def test_training_compiled_is_training_eager(point):
+    """Gradients to the codes and to the input, loss terms and counts."""
+    book, results = point.codebook.train(), []
+    for run in (point, compiled(lambda x: point(x))):
+        book.usage.reset()
+        book.zero_grad()
+        x = activations().requires_grad_()
+        loss = (run(x) * activations().flip(0)).sum()
+        (loss + 2 * book.terms.reconstruction + 3 * book.terms.commitment).backward()
+        results.append((loss.detach(), *(term.detach() for term in book.terms[:2]), book.codes.grad.clone(), x.grad.clone()))
+        assert int(book.usage.counts.sum()) == 14 * 2
+        assert int(book.usage.n_vectors) == 14
+    for eager, fast in zip(*results, strict=True):
+        assert float(eager.abs().sum()) > 0
+        torch.testing.assert_close(fast, eager, rtol=1e-5, atol=1e-5)
+
+
+def test_nan_is_caught_in_compiled_code_too(point):
+    x, fast = activations(), compiled(lambda x: point(x))
     with torch.no_grad():
-        model.blocks[0].mlp.b_out.fill_(torch.nan) if hasattr(model.blocks[0].mlp, "b_out") else model.W_E.data.fill_(torch.nan)
-        with pytest.raises(Exception, match="NaN or Inf"):
-            fast(TOKENS)
+        fast(x)
+        x[1, 2, 3] = torch.nan
+        with pytest.raises(RuntimeError, match="NaN or Inf reached a codebook"):
+            fast(x)

@@ -314,7 +314,7 @@ def test_nan_at_a_codebook_names_site_and_step(kind, tmp_path, after):
 def test_a_loss_that_becomes_nan_past_the_codebooks_stops_the_run_too(tmp_path):
     """The codes still see finite activations in that step, and a step later every weight would be NaN, in the checkpoint as well."""
     model = with_books(TRAINED[0])
-    poison = After(2, lambda optimizer: torch.nn.init.constant_(list(model.unembed.parameters())[0], torch.nan))
+    poison = After(2, lambda optimizer: torch.nn.init.constant_(next(iter(model.unembed.parameters())), torch.nan))
     trainer = trainer_of(
         model, tmp_path, NO_START, max_steps=5, save_strategy="steps", save_steps=1, save_total_limit=1, callbacks=[poison]
     )

@@ -138,9 +138,7 @@ def test_steer_says_when_its_hooks_were_removed_under_it(model):
         model.reset_hooks(including_permanent=True)
 
 
-@pytest.mark.parametrize(
-    "failure", [RuntimeError("mine"), KeyboardInterrupt(), torch.OutOfMemoryError("no memory")], ids=lambda e: type(e).__name__
-)
+@pytest.mark.parametrize("failure", [RuntimeError("mine"), KeyboardInterrupt()], ids=lambda e: type(e).__name__)
 def test_an_exception_inside_removes_exactly_ours(model, log, failure):
     attach(model)
     model.add_hook(SITE, log.hook("mine"))

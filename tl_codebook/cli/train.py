@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 import time
@@ -52,7 +53,8 @@ def run(argv: Sequence[str]) -> int:
     if what.recipe not in ("default", "paper", "none"):
         raise ConfigError(f"recipe={what.recipe!r} is not known. Choose 'default', 'paper' or 'none'.")
     if what.recipe == "paper":
-        config = CodebookTrainingConfig.paper(codes_learning_rate=config.codes_learning_rate, freeze_base=config.freeze_base)
+        asked = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if getattr(config, f.name) != f.default}
+        config = CodebookTrainingConfig.paper(**asked)
     check_writable(args.output_dir, overwrite=True)
     finished = Path(args.output_dir) / "results.json"
     if finished.exists() and not what.resume:

@@ -15,7 +15,7 @@ __all__ = ["CodebookTrainingConfig"]
 class CodebookTrainingConfig:
     """The training recipe of codes: initialisation, losses, revival. Works with `HfArgumentParser`.
 
-    The defaults are the recipe of this package: k-means on the base's own activations, reconstruction and a small commitment per dimension
+    The defaults are the recipe of this package: k-means on the base's own activations, reconstruction and commitment per dimension
     beside the language-model loss, revival of dead codes at badly fitted inputs. `paper()` is that of Tamkin et al. 2023.
 
     Raises:
@@ -26,11 +26,11 @@ class CodebookTrainingConfig:
     """
 
     codes_learning_rate: float = field(
-        default=1e-3, metadata={"help": "Learning rate of the codes (and their LayerNorms); that of the base is --learning_rate."}
+        default=3e-3, metadata={"help": "Learning rate of the codes (and their LayerNorms); that of the base is --learning_rate."}
     )
     freeze_base: bool = field(default=False, metadata={"help": "Train the codes alone."})
     reconstruction: float = field(default=1.0, metadata={"help": "Weight of |codes - stop(input)|^2."})
-    commitment: float = field(default=0.25, metadata={"help": "Weight of |stop(codes) - input|^2."})
+    commitment: float = field(default=1.0, metadata={"help": "Weight of |stop(codes) - input|^2."})
     per_dimension: bool = field(
         default=True, metadata={"help": "Mean over the dimensions of a site in both terms; False sums, as in the paper."}
     )
@@ -65,7 +65,13 @@ class CodebookTrainingConfig:
 
         Source: Tamkin et al. 2023, section 2 and appendix (loss ``aeloss``).
         """
-        settings: dict[str, Any] = {"commitment": 0.0, "per_dimension": False, "init": "none", "revive_every": 0}
+        settings: dict[str, Any] = {
+            "codes_learning_rate": 1e-3,
+            "commitment": 0.0,
+            "per_dimension": False,
+            "init": "none",
+            "revive_every": 0,
+        }
         return cls(**settings | changes)
 
     def to_dict(self) -> dict[str, Any]:

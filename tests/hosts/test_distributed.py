@@ -1,0 +1,90 @@
+"""Two processes with half of the batch each train as one process with the whole."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.hosts.training import rows
+from tests.tiny import HOSTS
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PROGRAM = """
+import json, sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+from tests.hosts.training import rows, trainer_of, with_books, weights
+from tl_codebook.training import CodebookTrainingConfig
+import tl_codebook as tlc
+
+kind, folder, batch = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+model = with_books(kind, n_codes=32)
+config = CodebookTrainingConfig(init_iterations=2, revive_every=2, revive_until=1.0)
+batches = {"per_device_train_batch_size": batch, "per_device_eval_batch_size": batch}
+backend = {"ddp_backend": "gloo"} if batch < 4 else {}
+trainer = trainer_of(model, folder / "run", config, max_steps=5, eval_dataset=rows(8, seed=2), **batches, **backend)
+trainer.train()
+metrics = trainer.evaluate()
+rank = trainer.args.process_index
+save_file({name: value.contiguous().clone() for name, value in weights(model).items()}, folder / f"rank{rank}.safetensors")
+counts = {name: int(point.codebook.usage.counts.sum()) for name, point in tlc.sites(model).items()}
+(folder / f"rank{rank}.json").write_text(json.dumps({"metrics": metrics, "counts": counts, "processes": trainer.accelerator.num_processes}))
+"""
+
+
+def launch(kind, folder, processes):
+    """Run the program in so many processes, and return what each was left with."""
+    folder.mkdir()
+    script = folder / "program.py"
+    script.write_text(PROGRAM)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
+    call = [sys.executable]
+    if processes > 1:
+        call += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port)]
+    done = subprocess.run(
+        [*call, str(script), kind, str(folder), str(4 // processes)],
+        env=environment,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    from safetensors.torch import load_file
+
+    ranks = range(processes)
+    return [load_file(folder / f"rank{rank}.safetensors") for rank in ranks], [
+        json.loads((folder / f"rank{r}.json").read_text()) for r in ranks
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [f"{host}-gpt2" for host in HOSTS])
+def test_two_processes_train_as_one(kind, tmp_path):
+    """k-means in one process, revival by the counts and inputs of both; 1e-5 is the order in which gradients are added up."""
+    (one,), (about,) = launch(kind, tmp_path / "one", 1)
+    both, (first, second) = launch(kind, tmp_path / "two", 2)
+    assert about["processes"] == 1
+    assert first["processes"] == second["processes"] == 2
+    for name, value in both[0].items():
+        assert torch.equal(value, both[1][name]), name
+    # A bias of the keys moves no attention pattern: its gradient is rounding noise, which Adam makes steps of.
+    key_biases = ("attn.b_K", "attn.k._original_component.bias", "attn.qkv._original_component.bias")
+    for name, value in one.items():
+        if name.endswith(key_biases):
+            continue
+        torch.testing.assert_close(both[0][name], value, rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+    for name, count in about["counts"].items():
+        assert first["counts"][name] + second["counts"][name] == count
+    for name in ("eval_loss", "eval_accuracy", "eval_dead_codes", "eval_code_perplexity", "eval_unexplained_variance"):
+        assert first["metrics"][name] == pytest.approx(about["metrics"][name], rel=1e-4)
+        assert second["metrics"][name] == pytest.approx(first["metrics"][name])
+    assert len(rows()) == 16
