@@ -200,6 +200,7 @@ def _adopt(model: Any, books: Mapping[str, Codebook]) -> None:
             point = model.hook_dict[name]
         point.__class__ = CodebookPoint
         point.adopt(name, book, clock)
+        point.train(model.training)
     refresh(model)
 
 
@@ -225,14 +226,20 @@ def _drop_delta(model: Any, name: str) -> None:
 
 def _prove(model: Any, books: Mapping[str, Codebook]) -> None:
     points = {name: point for name, point in sites(model).items() if name in books}
+    policies = {name: book.on_nonfinite for name, book in books.items()}
+    diverged = not all(bool(torch.isfinite(book.codes).all()) for book in books.values())  # loaded with allow_nonfinite=True
     for book in books.values():
         book.count_when, book.__dict__["_count_when"] = "never", book.count_when
+        if diverged:
+            book.on_nonfinite = "propagate"
     try:
         with hosts.quiet(model), torch.no_grad():
             model(_probe_tokens(model))
     finally:
         for book in books.values():
             book.count_when = book.__dict__.pop("_count_when")
+        for name, book in books.items():
+            book.on_nonfinite = policies[name]
     for name, point in points.items():
         if not point.n_snaps:
             raise HookNeverFiredError(f"the codebook at {name!r} was never reached by a probe. Choose another site; nothing was changed.")

@@ -97,7 +97,8 @@ class Basis:
         if flags or now_on.get("processed", False) != then_on.get("processed", False):
             more = any(now_on[name] for name in flags) or now_on.get("processed", False)
             have = "this model's weights were processed" if more else "the codes come from processed weights"
-            return f"{have} ({', '.join(flags) or 'enable_compatibility_mode()'}), which moves z and v where there are value biases (fold_value_biases)"
+            how = ", ".join(flags) or "enable_compatibility_mode()"
+            return f"{have} ({how}), which moves z and v where there are value biases (fold_value_biases)"
         return ""
 
 

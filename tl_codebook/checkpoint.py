@@ -71,32 +71,22 @@ class Codebooks(dict[str, Codebook], ModelHubMixin, library_name="tl_codebook", 
         self.save_pretrained(save_directory, overwrite=True)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Codebooks:
-        """Read codebooks from a folder or, by name, from the Hugging Face hub.
-
-        Args:
-            pretrained_model_name_or_path: A folder that `save` or `save_pretrained` wrote, or a hub name.
-            kwargs: `revision`, `cache_dir`, `force_download`, `local_files_only`, `token` for the hub; `allow_nonfinite`.
-        """
-        return cls._from_pretrained(model_id=str(pretrained_model_name_or_path), **kwargs)
-
-    @classmethod
-    def _from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls,
+        pretrained_model_name_or_path: str | Path,
         *,
-        model_id: str,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
         force_download: bool = False,
         local_files_only: bool = False,
         token: str | bool | None = None,
         allow_nonfinite: bool = False,
-        **model_kwargs: Any,
     ) -> Codebooks:
-        if model_kwargs:
-            raise ConfigError(
-                f"Codebooks.from_pretrained has no option {sorted(model_kwargs)[0]!r}. It takes allow_nonfinite and the hub's."
-            )
+        """Read the codebooks of a folder or of a repository of the hub.
+
+        The method of the mixin asks the hub for a ``config.json`` first, and fails without a network even where everything is in the cache.
+        """
+        model_id = str(pretrained_model_name_or_path)
         folder = Path(model_id)
         if not folder.is_dir():
             from huggingface_hub import snapshot_download
@@ -179,11 +169,11 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool) or value is None else str(value)
 
 
-def _unplain(value: Any) -> Any:
+def _unplain(value: Any, folder: Path) -> Any:
     if isinstance(value, dict) and set(value) == {"dtype"}:
         dtype = getattr(torch, str(value["dtype"]), None)
         if not isinstance(dtype, torch.dtype):
-            raise CheckpointError(f"the model configuration names the dtype {value['dtype']!r}, which torch does not have.")
+            raise CheckpointError(f"{folder}: the model configuration names the dtype {value['dtype']!r}, which torch does not have.")
         return dtype
     return value
 
@@ -200,7 +190,8 @@ def _describe(model: Any) -> dict[str, Any]:
             "the weights of this TransformerBridge were processed (enable_compatibility_mode), and no file format of theirs exists. Save "
             "the codes alone: Codebooks.of(model).save_pretrained(folder)."
         )
-    return {"host": "bridge", "config": _plain(inner.config.to_dict())}
+    dtype = next(iter(_weights(model).values())).dtype  # a model that was cast keeps the old one in its configuration
+    return {"host": "bridge", "config": _plain(inner.config.to_dict() | {"dtype": dtype})}
 
 
 def save(model: Any, folder: str | Path, *, overwrite: bool = False) -> None:
@@ -254,9 +245,12 @@ def load(folder: str | Path, *, device: str | torch.device | None = None, allow_
     if manifest["tokenizer"] is not None:
         from transformers import AutoTokenizer
 
-        path = files.resolve(folder, manifest["tokenizer"].get("folder"))
-        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    model = _build(about["host"], {key: _unplain(value) for key, value in about["config"].items()}, tokenizer, folder)
+        path = files.resolve(folder, manifest["tokenizer"].get("folder") if isinstance(manifest["tokenizer"], dict) else None)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        except Exception as error:
+            raise CheckpointError(f"{path}: no tokenizer can be loaded from it ({type(error).__name__}: {error}).") from error
+    model = _build(about["host"], {key: _unplain(value, folder) for key, value in about["config"].items()}, tokenizer, folder)
     weights = files.read_tensors(folder, about["weights"])
     _put_weights(model, weights, folder)
     model.eval()
@@ -340,6 +334,8 @@ def _read_books(folder: Path, manifest: Mapping[str, Any], *, allow_nonfinite: b
     entries = manifest["sites"]
     if not isinstance(entries, dict) or not entries:
         raise CheckpointError(f"{path}: its sites are {entries!r}. Write it again with tl_codebook.save.")
+    tensors = files.read_tensors(folder, manifest["codes"])
+    n_values = sum(tensor.numel() for tensor in tensors.values())
     books = {}
     for name, entry in entries.items():
         if not _HOOK.fullmatch(name):
@@ -347,15 +343,22 @@ def _read_books(folder: Path, manifest: Mapping[str, Any], *, allow_nonfinite: b
         if not isinstance(entry, dict) or set(entry) != {"d_in", "on_nonfinite", "config"} or not isinstance(entry["config"], dict):
             raise CheckpointError(f"{path}: the entry of {name!r} needs d_in, on_nonfinite and config, and has {entry!r}.")
         try:
+            config = CodebookConfig.from_dict(entry["config"])
+            if isinstance(entry["d_in"], int) and entry["d_in"] * config.n_codes > n_values:
+                raise ConfigError(f"{config.n_codes} codes of {entry['d_in']} values are more than the file of codes holds.")
             with torch.random.fork_rng(devices=[]):
-                books[name] = Codebook(entry["d_in"], CodebookConfig.from_dict(entry["config"]), on_nonfinite=entry["on_nonfinite"])
+                books[name] = Codebook(entry["d_in"], config, on_nonfinite=entry["on_nonfinite"])
         except ConfigError as error:
             raise CheckpointError(f"{path}: the codebook at {name!r} cannot be: {error}") from error
     expected = {f"{name}/{key}": tuple(value.shape) for name, book in books.items() for key, value in book.state_dict().items()}
     about = manifest["basis"]
-    if about is not None and (not isinstance(about, dict) or set(about) != {"processing", "vocabulary"}):
+    if about is not None and (
+        not isinstance(about, dict)
+        or set(about) != {"processing", "vocabulary"}
+        or not isinstance(about["processing"], dict)
+        or not isinstance(about["vocabulary"], str | None)
+    ):
         raise CheckpointError(f"{path}: its basis needs processing and vocabulary, and is {about!r}.")
-    tensors = files.read_tensors(folder, manifest["codes"])
     basis_keys = {key for key in tensors if key.startswith("basis/")} if about is not None else set()
     if set(expected) != set(tensors) - basis_keys:
         missing, extra = sorted(set(expected) - set(tensors)), sorted(set(tensors) - basis_keys - set(expected))
@@ -373,7 +376,13 @@ def _read_books(folder: Path, manifest: Mapping[str, Any], *, allow_nonfinite: b
         for parameter in book.parameters():
             parameter.requires_grad_(True)
     basis = None
-    if about is not None and "basis/tokens" in tensors:
+    if about is not None:
         means = {key.removeprefix("basis/"): tensors[key] for key in basis_keys if key != "basis/tokens"}
+        probe = tensors.get("basis/tokens")
+        if probe is None or probe.dtype != torch.int64 or probe.ndim != 2 or not probe.numel() or int(probe.min()) < 0:
+            raise CheckpointError(f"{path}: its basis has no tokens [row pos]. Copy it again.")
+        for name, mean in means.items():
+            if (name in books and mean.shape != (books[name].d_in,)) or not bool(torch.isfinite(mean).all()):
+                raise CheckpointError(f"{path}: its basis at {name!r} is no finite mean activation of that codebook. Copy it again.")
         basis = Basis(tensors["basis/tokens"], means, dict(about["processing"]), about["vocabulary"])
     return Codebooks(books, basis)

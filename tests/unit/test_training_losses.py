@@ -49,7 +49,7 @@ def test_switches_are_true_or_false(name):
 
 def test_defaults_and_paper():
     default, paper = CodebookTrainingConfig(), CodebookTrainingConfig.paper(codes_learning_rate=0.5)
-    assert (default.init, default.commitment, default.per_dimension, default.revive_every) == ("kmeans", 0.25, True, 50)
+    assert (default.init, default.commitment, default.per_dimension, default.revive_every) == ("kmeans", 1.0, True, 50)
     assert (paper.init, paper.commitment, paper.per_dimension, paper.revive_every) == ("none", 0.0, False, 0)
     assert paper.reconstruction == 1.0
     assert paper.codes_learning_rate == 0.5

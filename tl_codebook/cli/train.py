@@ -49,7 +49,12 @@ def run(argv: Sequence[str]) -> int:
     )
     what: RunArguments
     config: CodebookTrainingConfig
-    what, config, args = parser.parse_args_into_dataclasses(args=_with_config_file(list(argv)))
+    try:
+        what, config, args = parser.parse_args_into_dataclasses(args=_with_config_file(list(argv)))
+    except ConfigError:
+        raise
+    except ValueError as error:  # an unknown option, or values that TrainingArguments does not take together
+        parser.error(str(error))
     if what.recipe not in ("default", "paper", "none"):
         raise ConfigError(f"recipe={what.recipe!r} is not known. Choose 'default', 'paper' or 'none'.")
     if what.recipe == "paper":

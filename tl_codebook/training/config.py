@@ -54,6 +54,9 @@ class CodebookTrainingConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"{name}={value!r} was asked for. Give a whole number >= {least}.")
+        for name in ("freeze_base", "per_dimension", "lm_gradient_to_codes"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r} was asked for. Give True or False.")
         if not 0 <= self.revive_until <= 1:
             raise ConfigError(f"revive_until={self.revive_until!r} was asked for. Give a share from 0 to 1.")
         if self.init not in ("kmeans", "none"):

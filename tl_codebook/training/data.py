@@ -75,7 +75,7 @@ def tokenize_dataset(data: Any, model: Any, *, context_length: int | None = None
     import datasets
 
     limit = int(getattr(model.cfg, "n_ctx", 0) or 0)
-    length = context_length or min(limit or 512, 512)
+    length = min(limit or 512, 512) if context_length is None else context_length
     if length < 2 or (limit and length > limit):
         raise DataError(f"rows of {length} tokens were asked for, and the model's context is {limit}. Give 2 to {limit}.")
     if isinstance(data, Sequence) and data and isinstance(data[0], str):
@@ -135,7 +135,9 @@ def _batched(items: Iterable[str], size: int) -> Iterator[tuple[str, ...]]:
 def _checked(data: Any, model: Any, limit: int) -> Any:
     vocabulary = int(model.cfg.d_vocab)
     for row in data["input_ids"]:
-        if len(row) and (max(row) >= vocabulary or min(row) < 0):
+        if len(row) < 2:
+            raise DataError(f"the dataset has a row of {len(row)} tokens, in which nothing predicts anything. Give rows of two or more.")
+        if max(row) >= vocabulary or min(row) < 0:
             bad = max(row) if max(row) >= vocabulary else min(row)
             raise DataError(f"the dataset has the token id {bad}, the model {vocabulary} tokens. Tokenise with the model's own tokenizer.")
         if limit and len(row) > limit:

@@ -55,6 +55,16 @@ class HostTrainer(Trainer):
         wrapped = LanguageModel(self.hooked, config or CodebookTrainingConfig())
         super().__init__(model=wrapped, args=args, train_dataset=train, eval_dataset=held_out, **kwargs)
 
+    def get_optimizer_cls_and_kwargs(self, args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:  # type: ignore[override]
+        """Choose the optimiser as `Trainer` does, but no fused kernel for weights that are strided views: it would update their neighbours.
+
+        A TransformerBridge around GPT-2 has its q, k and v as views of one matrix; fused AdamW takes each for one block of memory.
+        """
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if settings.get("fused") and any(p.requires_grad and not p.is_contiguous() for p in self.hooked.parameters()):
+            settings = {name: value for name, value in settings.items() if name != "fused"}
+        return kind, settings
+
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None) -> Any:
         """Return sums per sequence instead of logits, so that loss and accuracy are means over tokens, whatever the batches."""
         if not self._sums_only:

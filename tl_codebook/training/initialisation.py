@@ -80,6 +80,8 @@ def fit_codes(
 ) -> Float[Tensor, "group code d_group"]:
     """Return codes that fit the (normalised) inputs `y` of a codebook, by k-means or by k-means in stages."""
     distinct = int(torch.unique(y[: 2 * book.n_codes].flatten(1), dim=0).shape[0])
+    if distinct < book.n_codes:  # among the first ones; look at all before saying so
+        distinct = int(torch.unique(y.flatten(1), dim=0).shape[0])
     if distinct < book.n_codes:
         warnings.warn(
             f"{book.label or 'a codebook'}: {distinct} distinct inputs for {book.n_codes} codes; the other codes start as noisy copies and "

@@ -68,7 +68,7 @@ class LanguageModel(nn.Module):
         # With padding on the right a causal model needs no mask; hosts differ in what they do with one.
         left_padded = attention_mask is not None and bool((attention_mask[:, 0] == 0).any())
         kwargs = {"attention_mask": attention_mask} if left_padded else {}
-        with masked(self.hooked, attention_mask):
+        with masked(self.hooked, None if attention_mask is None else attention_mask.bool()):
             logits = self.hooked(input_ids, return_type="logits", **kwargs)
         if labels is None:
             return {"logits": logits}

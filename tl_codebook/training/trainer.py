@@ -7,6 +7,7 @@ the codes.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,15 @@ class CodebookTrainer(HostTrainer):
             book.fresh = False
         return result
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Take a step as `Trainer` does; stop where the loss is no number, before the optimiser spreads it and a checkpoint keeps it."""
+        loss = super().training_step(*args, **kwargs)
+        if not bool(torch.isfinite(loss)):
+            raise NonFiniteError(
+                f"the loss is {loss.item()} though every codebook saw finite activations. A lower learning rate or fp32 often cures it."
+            )
+        return loss
+
     def start_codes(self) -> None:
         """Set codes that are still noise by k-means on the first rows of the training data; on every process the same."""
         fresh = [name for name, point in sites(self.hooked).items() if point.codebook.fresh]
@@ -217,9 +227,12 @@ class CodebookTrainer(HostTrainer):
         """Describe what a resumed run must share with the one that it continues."""
         return {
             "config": self.training_config.to_dict(),
-            "data": getattr(self.train_dataset, "_fingerprint", None) if self.train_dataset is not None else None,
+            "data": _digest(self.train_dataset),
             "rows": len(self.train_dataset) if self.train_dataset is not None else 0,  # type: ignore[arg-type]
             "seed": self.args.seed,
+            "learning_rate": self.args.learning_rate,
+            "weight_decay": self.args.weight_decay,
+            "optim": str(self.args.optim),
             "batch": self.args.per_device_train_batch_size * self.accelerator.num_processes * self.args.gradient_accumulation_steps,
         }
 
@@ -230,8 +243,10 @@ class CodebookTrainer(HostTrainer):
                 f"{folder} is no complete checkpoint of a codebook run. Give a checkpoint-<step> folder of the output directory."
             )
         about = files.read_json(folder / _STATE)
+        if about.get("format_version") != 1 or not isinstance(about.get("run"), dict) or "counts" not in about:
+            raise CheckpointError(f"{folder / _STATE} is of a format that is not read. Resume with the release that wrote it.")
         then, now = about["run"], self._run()
-        differing = [f"{key}: {then.get(key)!r} then, {now[key]!r} now" for key in now if key != "data" and then.get(key) != now[key]]
+        differing = [f"{key}: {then.get(key)!r} then, {now[key]!r} now" for key in now if then.get(key) != now[key]]
         if differing:
             raise TrainingError(f"{folder} belongs to another run ({'; '.join(differing)}). Resume with the settings it began with.")
         restore_(self.hooked, folder)
@@ -246,6 +261,14 @@ class CodebookTrainer(HostTrainer):
 
     def _load_best_model(self) -> None:
         restore_(self.hooked, Path(str(self.state.best_model_checkpoint)))
+
+
+def _digest(data: Any, n_rows: int = 256) -> str | None:
+    """Hash the first and the last rows of a dataset: enough to tell another one, however long it is."""
+    if data is None:
+        return None
+    rows = [*range(min(n_rows, len(data))), *range(max(n_rows, len(data) - n_rows), len(data))]
+    return hashlib.sha256(repr([list(data[row]["input_ids"]) for row in rows]).encode()).hexdigest()[:16]
 
 
 class _CodebookCallback(TrainerCallback):
