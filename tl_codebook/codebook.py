@@ -230,6 +230,7 @@ class Codebook(nn.Module):
         """False detaches the codes from what comes after (the VQ-VAE estimator); their only gradient is the reconstruction term."""
         self.count_when: Literal["train", "always", "never"] = "train"
         self.token_mask: Bool[Tensor, "*lead"] | None = None
+        self._mask_of_forward: Tensor | None = None
         self.terms: SnapTerms | None = None
         self.keep_inputs = False
         self.last_inputs: tuple[Tensor, Tensor] | None = None
@@ -273,7 +274,7 @@ class Codebook(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Loss terms hang on the graph of the last forward: they can be neither copied nor pickled, and mean nothing to a copy.
-        return {**self.__dict__, "terms": None, "last_inputs": None, "token_mask": None}
+        return {**self.__dict__, "terms": None, "last_inputs": None, "token_mask": None, "_mask_of_forward": None}
 
     def grouped(self, x: Float[Tensor, "*lead d_in"]) -> Float[Tensor, "*lead group d_group"]:
         """Split the last axis into groups, and refuse what is not a batch of vectors of this width."""
@@ -329,7 +330,9 @@ class Codebook(nn.Module):
         if self.on_nonfinite == "propagate":
             q = torch.where(torch.isfinite(y).all(-1, keepdim=True), q, torch.nan)
         recomputing = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1  # gradient checkpointing
-        mask = self._mask_for(y)
+        # Recomputing happens in the backward pass, when `masked` has ended: it has to take the same path as the forward pass did.
+        mask = self._mask_of_forward if recomputing else self._mask_for(y)
+        self._mask_of_forward = mask
         terms = self._terms(y, q, mask) if self.training and torch.is_grad_enabled() else None
         if not recomputing:
             self.terms = terms

@@ -1,6 +1,6 @@
 """What codebooks cost a real language model: the stories model fine-tuned without codebooks, with our recipe, and with the paper's.
 
-    python -m tests.benchmarks.stories            # runs, about a quarter of an hour on two cores, and writes results/stories.json
+    python -m tests.benchmarks.stories            # runs, about ten minutes on one core, and writes results/stories.json
     python -m tests.benchmarks.stories --table    # prints the README's table from it
 
 All runs see the same tokens in the same order. Needs the shared model and texts.
@@ -73,7 +73,7 @@ def cpu_name() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--table", action="store_true")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--recipes", nargs="+", default=list(NAMES))
     args, extra = parser.parse_known_args()

@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 import tl_codebook as tlc
 from tests.hosts.state import TOKENS
 from tests.hosts.training import MLP, TRAINED, arguments, assert_equal, base_weights, codes, host_of, rows, trainer_of, weights, with_books
+from tests.tiny import HOSTS, make_host
 from tl_codebook.errors import AttachError, CheckpointError, DataError, NonFiniteError, TrainingError
 from tl_codebook.training import CodebookTrainer, CodebookTrainingConfig, collate
 
@@ -334,3 +335,34 @@ def test_trained_model_still_takes_hooks(kind, tmp_path):
     with torch.no_grad():
         logits = model.run_with_hooks(TOKENS, fwd_hooks=[tlc.force_code("L1.mlp_out:3", slot="all")])
     assert not torch.equal(logits, model(TOKENS))
+
+
+def test_gradient_checkpointing_is_for_hosts_that_have_it(tmp_path):
+    model = make_host("hooked-gpt2" if "hooked" in HOSTS else "native")
+    tlc.attach(model, "mlp_out", n_codes=12, k=2)
+    args = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True, gradient_checkpointing=True, disable_tqdm=True)
+    trainer = tlc.CodebookTrainer(model, args, train_dataset=[{"input_ids": list(range(3, 15))}] * 8)
+    with pytest.raises(TrainingError, match="gradient_checkpointing"):
+        trainer.train()
+
+
+def test_gradient_checkpointing_on_a_bridge_trains_the_same_codes(tmp_path):
+    trained = []
+    for on in (False, True):
+        model = make_host("bridge-llama")
+        torch.manual_seed(1)
+        books = tlc.attach(model, "mlp_out", n_codes=12, k=2)
+        args = TrainingArguments(
+            str(tmp_path / str(on)),
+            max_steps=2,
+            report_to="none",
+            save_strategy="no",
+            use_cpu=True,
+            gradient_checkpointing=on,
+            disable_tqdm=True,
+        )
+        tlc.CodebookTrainer(model, args, train_dataset=[{"input_ids": list(range(3, 15))}] * 8).train()
+        trained.append({name: book.codes.detach().clone() for name, book in books.items()})
+        assert all(int(book.usage.counts.sum()) == 2 * 8 * 12 * 2 for book in books.values())
+    for name, codes_plain in trained[0].items():
+        torch.testing.assert_close(trained[1][name], codes_plain)

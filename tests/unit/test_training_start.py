@@ -50,16 +50,17 @@ def test_stage_sizes_by_hand():
 
 def test_kmeans_finds_separate_clusters_from_a_start_in_each_of_them():
     x, means = clusters()
+    x, means = x[:60], means[:, :3]  # three of the clusters
     found = 0
-    for seed in range(2000):  # Lloyd's algorithm finds the clusters where it starts in each; look for such starts
-        start = x[torch.randperm(len(x), generator=seeded(seed))[:8], 0]
-        if len(torch.cdist(start, means[0]).argmin(-1).unique()) == 8:
-            centres = kmeans(x, 8, n_iterations=30, generator=seeded(seed))
+    for seed in range(200):  # Lloyd's algorithm finds the clusters where it starts in each; look for such starts
+        start = x[torch.randperm(len(x), generator=seeded(seed))[:3], 0]
+        if len(torch.cdist(start, means[0]).argmin(-1).unique()) == 3:
+            centres = kmeans(x, 3, n_iterations=30, generator=seeded(seed))
             torch.testing.assert_close(sorted_rows(centres), sorted_rows(means), rtol=0, atol=1e-4)
             found += 1
             if found == 5:
                 return
-    raise AssertionError("no such start among 2000")
+    raise AssertionError("fewer than five such starts among 200")
 
 
 def test_kmeans_is_the_same_for_a_seed_and_leaves_the_global_one_alone():

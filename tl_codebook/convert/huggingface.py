@@ -44,14 +44,19 @@ def load_hf(
         raise ConfigError(f"host={host!r} is not known. Choose 'hooked' or 'bridge'.")
     if host == "hooked" and hooked is None:
         raise ConfigError("host='hooked' was asked for, but this TransformerLens has no HookedTransformer. Use host='bridge'.")
+    with tempfile.TemporaryDirectory(prefix="tlcb-") as scratch:  # it has to last: TransformerLens reads the tokenizer again from there
+        return _load(model, tokenizer, host, device, Path(scratch))
+
+
+def _load(model: Any, tokenizer: Any, host: str, device: str | torch.device | None, scratch: Path) -> Any:
     if isinstance(model, str | Path):
         source = str(model)
         hf_model = _from_folder(source)
-        tokenizer = _tokenizer(source if tokenizer is None else tokenizer, required=tokenizer is not None)
+        tokenizer = _tokenizer(source if tokenizer is None else tokenizer, scratch, required=tokenizer is not None)
     else:
         hf_model = copy.deepcopy(model) if host == "bridge" else model
         source = getattr(model, "name_or_path", "") or type(model).__name__
-        tokenizer = _tokenizer(tokenizer, required=tokenizer is not None)
+        tokenizer = _tokenizer(tokenizer, scratch, required=tokenizer is not None)
     if device is not None and isinstance(model, str | Path):
         hf_model = hf_model.to(device)
     modes = [(module, module.training) for module in hf_model.modules()]
@@ -101,24 +106,21 @@ def _from_folder(source: str) -> Any:
         raise
 
 
-def _tokenizer(source: Any, *, required: bool) -> Any:
-    """Load a tokenizer, or pass one through a folder: a Bridge needs one that knows where it came from."""
+def _tokenizer(source: Any, scratch: Path, *, required: bool) -> Any:
+    """Load a tokenizer; an object goes through a folder, as it is now, since TransformerLens loads it again from where it came from."""
     from transformers import AutoTokenizer
 
     if source is None:
         return None
-    if isinstance(source, str | Path):
-        try:
-            return AutoTokenizer.from_pretrained(str(source), local_files_only=Path(source).exists())
-        except (OSError, ValueError) as error:
-            if required:
-                raise CheckpointError(f"{source}: no tokenizer could be loaded from it ({error}).") from error
-            return None
-    if "name_or_path" in getattr(source, "init_kwargs", {}):
-        return source
-    with tempfile.TemporaryDirectory(prefix="tlcb-") as folder:
-        source.save_pretrained(folder)
-        return AutoTokenizer.from_pretrained(folder)
+    if not isinstance(source, str | Path):
+        source.save_pretrained(scratch)
+        return AutoTokenizer.from_pretrained(str(scratch))
+    try:
+        return AutoTokenizer.from_pretrained(str(source), local_files_only=Path(source).exists())
+    except (OSError, ValueError) as error:
+        if required:
+            raise CheckpointError(f"{source}: no tokenizer could be loaded from it ({error}).") from error
+        return None
 
 
 def _probe_tokens(hf_model: Any) -> torch.Tensor:

@@ -57,6 +57,19 @@ class LanguageModel(nn.Module):
         self.hooked.to(*args, **kwargs, **quiet)
         return self
 
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Trade time for memory, where the host can; `TrainingArguments(gradient_checkpointing=True)` comes here."""
+        inner = getattr(self.hooked, "original_model", None)
+        if inner is None or not hasattr(inner, "gradient_checkpointing_enable"):
+            raise TrainingError(
+                "gradient_checkpointing=True was asked for, and this host has none. Use a TransformerBridge, or smaller batches."
+            )
+        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise TrainingError(
+                "reentrant checkpointing keeps no loss terms of the codebooks. Use gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
+        inner.gradient_checkpointing_enable({**(gradient_checkpointing_kwargs or {}), "use_reentrant": False}, **kwargs)
+
     def forward(
         self,
         input_ids: Int[Tensor, "batch pos"],
