@@ -79,7 +79,8 @@ def attach(
         sites.basis.check(model, wanted)  # type: ignore[union-attr]
     _refuse_occupied(model, wanted)
     shapes = _probe(model, wanted)
-    books = {name: _built(model, name, item, shapes[name], on_nonfinite) for name, item in wanted.items()}
+    with torch.inference_mode(False):  # or neither could the codes be trained, nor the totals of their use be added to
+        books = {name: _built(model, name, item, shapes[name], on_nonfinite) for name, item in wanted.items()}
     modes = {name: book.training for name, book in books.items()}
     try:
         _adopt(model, books)

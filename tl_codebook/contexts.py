@@ -49,14 +49,14 @@ def masked(model: Any, mask: Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"
     >>> int(usage["blocks.0.hook_mlp_out"].n_vectors)
     2
     """
-    books = [point.codebook for point in match_sites(model)]
+    before = [(point.codebook, point.codebook.token_mask) for point in match_sites(model)]
     try:
-        for book in books:
+        for book, _ in before:
             book.token_mask = None if mask is None else mask.bool()
         yield model
     finally:
-        for book in books:
-            book.token_mask = None
+        for book, outer in before:
+            book.token_mask = outer
 
 
 @contextmanager

@@ -161,11 +161,12 @@ class _Ban(CodeHook):
         kind = {"similarity": book.config.similarity, "selection": book.config.selection}
         again = select(y.detach(), codes, book.k, disabled=disabled.unsqueeze(2), **kind).squeeze(2)
         afresh = gone.any(-1, keepdim=True)
-        if ids.shape == chosen.shape:  # rows that no other hook has edited are chosen again as a whole, which keeps their order
-            afresh = afresh & (ids == chosen).all(-1, keepdim=True)
+        if ids.shape[-1] >= book.k:  # rows that no other hook has edited are chosen again as a whole, which keeps their order
+            first, added = ids[..., : book.k], ids[..., book.k :]  # slots added for other rows are empty in these
+            afresh = afresh & (first == chosen).all(-1, keepdim=True) & (added < 0).all(-1, keepdim=True)
             call.chosen = call.chosen.clone()
             call.chosen[:, :, group] = torch.where(afresh, again, chosen)
-            ids, gone = torch.where(afresh, again, ids), gone & ~afresh
+            ids, gone = torch.cat([torch.where(afresh, again, first), added], -1), gone & ~afresh
         return self._refilled(torch.where(gone, -1, ids), gone, call, group) if bool(gone.any()) else ids
 
     def _refilled(self, ids: Slots, gone: Bool[Tensor, "batch pos slot"], call: SnapCall, group: int) -> Slots:
@@ -178,10 +179,12 @@ class _Ban(CodeHook):
             disabled = call.disabled[:, :, group].clone()
             rest = y
             if nearest_only:  # the same code twice would not be the next best one
-                disabled = disabled.scatter(-1, ids.clamp(min=0), True) | disabled
+                used = torch.nn.functional.one_hot(ids.clamp(min=0), book.n_codes).bool() & (ids >= 0).unsqueeze(-1)
+                disabled = disabled | used.any(-2)
             else:
                 rest = y - torch.nn.functional.embedding(ids.clamp(min=0), codes[0]).mul((ids >= 0).unsqueeze(-1)).sum(-2, keepdim=True)
             best = select(rest, codes, 1, similarity=book.config.similarity, disabled=disabled.unsqueeze(2)).squeeze(2)
+            best = torch.where(disabled.all(-1, keepdim=True), -1, best)
             ids = torch.cat(
                 [ids[..., :slot], torch.where(gone[..., slot : slot + 1], best, ids[..., slot : slot + 1]), ids[..., slot + 1 :]], -1
             )

@@ -84,6 +84,45 @@ class RelayPoint(HookPoint):
         return True
 
 
+class _HeadName(str):
+    """The name of a hook point whose tensors are [batch pos group slot].
+
+    `run_with_cache(pos_slice=)` of a HookedTransformer finds the position axis by asking whether the name ends in hook_q, k, v or z.
+    """
+
+    __slots__ = ()
+
+    def endswith(self, suffix: Any, *rest: Any) -> bool:
+        return "hook_z" in (suffix if isinstance(suffix, tuple) else (suffix,)) or super().endswith(suffix, *rest)
+
+
+class _HeadLayout:
+    """The same for the Bridge of TransformerLens 3.9, which asks the conversion of the hook point; nothing is converted."""
+
+    splits_attention_heads = True
+
+    def convert(self, value: Any, *_: Any) -> Any:
+        return value
+
+    revert = convert
+
+
+class GroupedCodesPoint(HookPoint):
+    """The `hook_codes` of a grouped codebook."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hook_conversion = _HeadLayout()  # type: ignore[assignment]
+
+    @property
+    def name(self) -> str | None:
+        return self.__dict__.get("_name")
+
+    @name.setter
+    def name(self, name: str | None) -> None:
+        self.__dict__["_name"] = None if name is None else _HeadName(name)
+
+
 class CodebookPoint(RelayPoint):
     """A HookPoint with a codebook in front of it.
 
@@ -104,8 +143,12 @@ class CodebookPoint(RelayPoint):
         self.site, self.enabled, self.n_snaps = site, True, 0
         self.__dict__["clock"] = clock
         codebook.label = site
-        self.hook_x, self.hook_codes = HookPoint().train(self.training), HookPoint().train(self.training)
+        self.hook_x = HookPoint().train(self.training)
+        self.hook_codes = (GroupedCodesPoint() if codebook.n_groups > 1 else HookPoint()).train(self.training)
         self.codebook = codebook
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "resid_pre"}  # hangs on a graph: no copy of it
 
     def release(self) -> Codebook:
         """Give the codebook back and become what the object was before."""

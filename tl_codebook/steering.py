@@ -63,6 +63,8 @@ def steer(model: Any, hooks: Sequence[tuple[str, Callable[..., Any]]]) -> Iterat
         if name not in list(registry):  # list: the registry of a Bridge may raise on its own
             raise hosts.unknown_hook(model, name)
         if hasattr(function, "check"):
+            if name.removesuffix(f".{CODES}") not in points:
+                raise hosts.unknown_hook(model, f"{name}.{CODES}")
             function.check(points[name.removesuffix(f".{CODES}")].codebook)
         todo.append((name, registry[name], function if hasattr(function, "n_applied") else _Counted(function)))
     before = [function.n_applied for _, _, function in todo]

@@ -58,7 +58,7 @@ def table(results: dict) -> str:
     where = results["where"]
     lines.append("")
     lines.append(
-        f"Loss in nats per token; seed {results['runs'][0]['seed']}; {where['cpu']}, {where['threads']} threads, torch {where['torch']}, "
+        f"Loss in nats per token; seed {results['runs'][0]['seed']}; {where['cpu']}, threads: {where['threads']}, torch {where['torch']}, "
         f"TransformerLens {where['transformer_lens']}, commit {where['commit']}; `python -m tests.benchmarks.stories`."
     )
     return "\n".join(lines)
@@ -80,8 +80,8 @@ def main() -> None:
     if args.table:
         print(table(json.loads(RESULTS.read_text())))
         return
-    runs = [run(recipe, args.steps, args.seed, extra) for recipe in args.recipes]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    runs = [run(recipe, args.steps, args.seed, extra) for recipe in args.recipes]
     where = {
         "cpu": cpu_name(),
         "threads": runs[0]["threads"],

@@ -83,7 +83,7 @@ def test_save_model_writes_what_load_reads(tmp_path):
 
 def test_the_best_model_comes_back(tmp_path):
     model = with_books(TRAINED[0])
-    config = CodebookTrainingConfig(codes_learning_rate=3.0, init_iterations=2, revive_every=0)  # too high: the loss rises
+    config = CodebookTrainingConfig(codes_learning_rate=3.0, commitment=0.25, init_iterations=2, revive_every=0)  # too high: the loss rises
     best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "eval_strategy": "steps", "eval_steps": 2}
     trainer = trainer_of(model, tmp_path, config, **SAVING | best, eval_dataset=rows(6, seed=2))
     trainer.train()
