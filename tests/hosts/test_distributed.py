@@ -81,6 +81,8 @@ def test_two_processes_train_as_one(kind, tmp_path):
     for name, value in one.items():
         if name.endswith(key_biases):
             continue
+        if ".qkv." in name:  # a Bridge computes with q, k and v apart; the fused weight that they came from is not used, and may go stale
+            continue
         torch.testing.assert_close(both[0][name], value, rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
     for name, count in about["counts"].items():
         assert first["counts"][name] + second["counts"][name] == count
