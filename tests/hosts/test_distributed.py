@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import tl_codebook as tlc
 from tests.hosts.training import rows
-from tests.tiny import HOSTS
+from tests.tiny import HOSTS, write_hf_folder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAM = """
@@ -90,3 +91,23 @@ def test_two_processes_train_as_one(kind, tmp_path):
         assert first["metrics"][name] == pytest.approx(about["metrics"][name], rel=1e-4)
         assert second["metrics"][name] == pytest.approx(first["metrics"][name])
     assert len(rows()) == 16
+
+
+@pytest.mark.slow
+def test_accelerate_launch_runs_the_command_line_on_two_processes(tmp_path):
+    write_hf_folder(tmp_path / "base")
+    (tmp_path / "texts.txt").write_text(" ".join(f"w{3 + i % 58}" for i in range(2000)))
+    launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    port = ["--main_process_port", "0"]
+    what = ["-m", "tl_codebook", "train", "--model", str(tmp_path / "base"), "--dataset", str(tmp_path / "texts.txt"), "--use_cpu"]
+    sizes = "--n_codes 16 --k 2 --max_steps 3 --context_length 16 --per_device_train_batch_size 4 --save_strategy no --disable_tqdm true"
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, *port, *what, *sizes.split(), "--output_dir", str(tmp_path / "run")],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "run/results.json").read_text())["tokens"] == 3 * 4 * 2 * 16  # steps x rows x processes x tokens
+    assert len(tlc.sites(tlc.load(tmp_path / "run/model"))) == 4
