@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -53,8 +52,7 @@ class LanguageModel(nn.Module):
 
     def to(self, *args: Any, **kwargs: Any) -> LanguageModel:
         """Move the host by its own method, which knows more than `Module.to` (its config, its registry)."""
-        quiet = {"print_details": False} if "print_details" in inspect.signature(self.hooked.to).parameters else {}
-        self.hooked.to(*args, **kwargs, **quiet)
+        self.hooked.to(*args, **kwargs, print_details=False)
         return self
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
