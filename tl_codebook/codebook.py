@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tl_codebook.errors import ConfigError, NonFiniteError, ShapeError
-from tl_codebook.snap import decode, select, straight_through
+from tl_codebook.snap import decode, select, snap, straight_through
 
 __all__ = ["Codebook", "CodebookConfig", "SnapTerms", "Usage"]
 
@@ -305,30 +305,44 @@ class Codebook(nn.Module):
         self, y: Float[Tensor, "*lead group d_group"], disabled: Bool[Tensor, "*#lead group code"] | None = None
     ) -> Int[Tensor, "*lead group k"]:
         """Choose the codes of normalised inputs; NaN or Inf raises, or gives ids of -1 where ``on_nonfinite="propagate"``."""
+        c = self.config
+        ids = select(y, self.codes, c.k, similarity=c.similarity, selection=c.selection, disabled=disabled)
+        self._refuse_nonfinite(y, ids)
+        return ids
+
+    def snap(
+        self, y: Float[Tensor, "*lead group d_group"]
+    ) -> tuple[Float[Tensor, "*lead group d_group"], Int[Tensor, "*lead group k"]]:
+        """Choose and decode in one go: the numbers of `decode` of `choose`, bit for bit, in one pass over the input."""
+        c = self.config
+        q, ids = snap(y, self.codes, c.k, similarity=c.similarity, selection=c.selection, reduce=c.reduce or "sum", through=False)
+        self._refuse_nonfinite(y, ids)
+        return q, ids
+
+    def _refuse_nonfinite(self, y: Tensor, ids: Tensor) -> None:
+        # A vector with NaN or Inf has ids of -1. Looking at the ids is cheaper than looking at the vectors.
         if self.on_nonfinite == "propagate":
-            finite = torch.isfinite(y).all(-1, keepdim=True)
-            return self._select(torch.where(finite, y, 0.0), disabled).masked_fill(~finite, -1)
-        finite = torch.isfinite(y).all()
+            return
         if torch.compiler.is_compiling():
-            torch._assert_async(finite, "NaN or Inf reached a codebook")
-        elif not finite:
-            bad = int((~torch.isfinite(y)).any(-1).sum())
+            torch._assert_async((ids >= 0).all(), "NaN or Inf reached a codebook")
+        elif (ids < 0).any() and (bad := int((~torch.isfinite(y)).any(-1).sum())):
             raise NonFiniteError(
                 f"{self.label or 'a codebook'}: {bad} of {y[..., 0].numel()} vectors hold NaN or Inf, which a snap would turn into a "
                 "valid code. Find where they come from (a lower learning rate or fp32 often cures it), or set on_nonfinite='propagate' to "
                 "get NaN out."
             )
-        return self._select(y, disabled)
 
-    def _select(self, y: Tensor, disabled: Tensor | None) -> Tensor:
-        c = self.config
-        return select(y, self.codes, c.k, similarity=c.similarity, selection=c.selection, disabled=disabled)
-
-    def emit(self, y: Float[Tensor, "*lead group d_group"], ids: Int[Tensor, "*lead group slot"]) -> Float[Tensor, "*lead group d_group"]:
-        """Decode ids, straight through to `y`; keep the loss terms of this forward and count what fired."""
-        q = self.decode(ids)
-        if self.on_nonfinite == "propagate":
-            q = torch.where(torch.isfinite(y).all(-1, keepdim=True), q, torch.nan)
+    def emit(
+        self,
+        y: Float[Tensor, "*lead group d_group"],
+        ids: Int[Tensor, "*lead group slot"],
+        q: Float[Tensor, "*lead group d_group"] | None = None,
+    ) -> Float[Tensor, "*lead group d_group"]:
+        """Decode ids (unless `snap` has, and gave `q`), straight through to `y`; keep this forward's loss terms and count what fired."""
+        if q is None:
+            q = self.decode(ids)
+            if self.on_nonfinite == "propagate":
+                q = torch.where(torch.isfinite(y).all(-1, keepdim=True), q, torch.nan)
         recomputing = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1  # gradient checkpointing
         # Recomputing happens in the backward pass, when `masked` has ended: it has to take the same path as the forward pass did.
         mask = self._mask_of_forward if recomputing else self._mask_for(y)
@@ -376,4 +390,5 @@ class Codebook(nn.Module):
     def forward(self, x: Float[Tensor, "*lead d_in"]) -> Float[Tensor, "*lead d_in"]:
         """Snap `x`: the output has its shape and dtype."""
         y = self.normalise(self.grouped(x))
-        return rearrange(self.emit(y, self.choose(y)), "... group d_group -> ... (group d_group)").to(x.dtype)
+        q, ids = self.snap(y)
+        return rearrange(self.emit(y, ids, q), "... group d_group -> ... (group d_group)").to(x.dtype)

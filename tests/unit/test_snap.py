@@ -8,8 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tl_codebook.snap as snap_package
-from tl_codebook.snap import definition, select, snap
+from tl_codebook.snap import cpu, definition, ops, select, snap
 
 SIMILARITIES = ("inner_product", "euclidean")
 SELECTIONS = ("nearest", "residual")
@@ -195,12 +194,12 @@ def test_half_precision_inputs_rank_in_fp32(dtype, similarity):
 
 
 def test_double_precision_stays():
-    step = 1e-6  # the scores differ by half its square
+    step = 3e-8  # fp32 cannot tell the codes apart
     codes = torch.tensor([[[1.0], [1.0 + step]]], dtype=torch.float64)
     x = torch.tensor([[1.0 + step]], dtype=torch.float64)
+    assert select(x.float(), codes.float(), 1).tolist() == [[0]]
     for selection in SELECTIONS:
         assert select(x, codes, 1, selection=selection).tolist() == [[1]]
-        assert select(x.float(), codes.float(), 1, selection=selection).tolist() == [[0]]
     assert select(x, codes, 2, selection="nearest").tolist() == [[1, 0]]
     assert definition.scores(x, codes, "euclidean").dtype == torch.float64
 
@@ -248,16 +247,27 @@ def test_chunks_do_not_change_ids(similarity, selection, monkeypatch):
     options = {"similarity": similarity, "selection": selection}
     whole = select(x, codes, 3, **options)
     whole_disabled = select(x, codes, 3, disabled=disabled, **options)
-    for at_once in (1, 4 * 26, 26 * 33 - 1):  # one row, four rows, all but the last
-        monkeypatch.setattr(snap_package, "_SCORES_AT_ONCE", at_once)
+    for n_rows in (1, 4, 32):
+        monkeypatch.setattr(cpu, "_chunk_rows", lambda *_, n_rows=n_rows: n_rows)
         assert torch.equal(select(x, codes, 3, **options), whole)
         assert torch.equal(select(x, codes, 3, disabled=disabled, **options), whole_disabled)
     assert not torch.gather(disabled, -1, whole_disabled).any()
 
 
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_chunks_of_double_precision_do_not_change_ids(selection, monkeypatch):
+    x, codes = normal(3, 11, 2, 5, dtype=torch.float64), normal(2, 13, 5, seed=1, dtype=torch.float64)
+    disabled = torch.rand(3, 11, 2, 13, generator=torch.Generator().manual_seed(3)) < 0.3
+    whole = [select(x, codes, 3, selection=selection, disabled=mask) for mask in (None, disabled, disabled[:1, :1])]
+    for at_once in (1, 4 * 26, 26 * 33 - 1):  # one row, four rows, all but the last
+        monkeypatch.setattr(ops, "_SCORES_AT_ONCE", at_once)
+        parts = [select(x, codes, 3, selection=selection, disabled=mask) for mask in (None, disabled, disabled[:1, :1])]
+        assert all(torch.equal(a, b) for a, b in zip(parts, whole, strict=True))
+
+
 def test_more_rows_than_fit_at_once():
     x, codes = normal(130, 3, 4, 8), normal(4, 1024, 8, seed=1)
-    assert x[..., 0].numel() * 1024 > snap_package._SCORES_AT_ONCE
+    assert cpu._chunk_rows(390, 4, 1024, 8) < 390
     assert torch.equal(select(x, codes, 2, selection="nearest"), definition.nearest_codes(x, codes, 2, "euclidean"))
     assert torch.equal(select(x, codes, 2), definition.residual_codes(x, codes, 2, "euclidean"))
 

@@ -5,7 +5,6 @@ import torch
 
 from tests.unit.test_snap import normal
 from tl_codebook.snap import decode, definition, select, snap, straight_through
-from tl_codebook.snap.gradients import decode_bag
 
 REDUCE = pytest.mark.parametrize("reduce", ["sum", "mean"])
 
@@ -45,12 +44,12 @@ def test_empty_slots_and_no_slots(form):
 @REDUCE
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (7, 3, 1), (2, 5, 3, 4), (0, 3, 2), (4, 0, 3, 2)])
-def test_decode_bag_is_the_definition(reduce, dtype, shape):
+def test_decode_is_the_definition(reduce, dtype, shape):
     codes = normal(shape[-2], 6, 5, dtype=dtype)
     ids = some_ids(*shape, n_codes=6, lowest=-2)
     upstream = normal(*shape[:-1], 5, seed=2, dtype=dtype)
     results = []
-    for form in (definition.decode, decode_bag):
+    for form in (definition.decode, decode):
         leaf = codes.clone().requires_grad_()
         out = form(ids, leaf, reduce)
         out.backward(upstream)
