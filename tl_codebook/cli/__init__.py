@@ -11,7 +11,10 @@ from tl_codebook.errors import CodebookError
 
 __all__ = ["VERBS", "main"]
 
-VERBS = {"train": "Attach codebooks to a language model, train them, and report what they cost."}
+VERBS = {
+    "train": "Attach codebooks to a language model, train them, and report what they cost.",
+    "bench": "Measure what a snap costs on this machine, beside the plain ways to write it.",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

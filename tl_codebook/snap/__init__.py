@@ -6,6 +6,8 @@ head``; ``*lead`` stands for any leading axes.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -19,13 +21,17 @@ __all__ = ["decode", "select", "snap", "straight_through"]
 _CHOICES = {"similarity": ("euclidean", "inner_product"), "selection": ("residual", "nearest"), "reduce": ("sum", "mean")}
 
 
+def _check_dense(name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point() or tensor.layout is not torch.strided or tensor.is_meta:
+        raise ShapeError(f"{name} is a {tensor.dtype} {tensor.layout} tensor on {tensor.device}. Give dense floating-point values.")
+
+
 def _check(x: Tensor, codes: Tensor, k: int, disabled: Tensor | None, **choices: str) -> None:
     for name, value in choices.items():
         if value not in _CHOICES[name]:
             raise ConfigError(f"{name}={value!r} is not known. Choose one of {list(_CHOICES[name])}.")
-    for name, tensor in (("x", x), ("codes", codes)):
-        if not tensor.is_floating_point() or tensor.layout is not torch.strided or tensor.is_meta:
-            raise ShapeError(f"{name} is a {tensor.dtype} {tensor.layout} tensor on {tensor.device}. Give dense floating-point values.")
+    _check_dense("x", x)
+    _check_dense("codes", codes)
     if codes.ndim != 3 or x.ndim < 2 or x.shape[-2:] != (codes.shape[0], codes.shape[2]):
         raise ShapeError(
             f"x is {tuple(x.shape)} and codes are {tuple(codes.shape)}. Give x [..., group d_group] and codes [group code d_group] with the "
@@ -39,8 +45,12 @@ def _check(x: Tensor, codes: Tensor, k: int, disabled: Tensor | None, **choices:
         raise ShapeError(f"disabled is {disabled.dtype} on {disabled.device}. Give bools on {x.device}.")
 
 
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.reshape(math.prod(tensor.shape[:-2]), *tensor.shape[-2:])  # -1 would be ambiguous where an axis is empty
+
+
 def _rows(x: Tensor, codes: Tensor, disabled: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    rows = x.reshape(-1, *x.shape[-2:])
+    rows = _flat(x)
     if disabled is None:
         return rows, None
     shape = (*x.shape[:-1], codes.shape[1])
@@ -48,10 +58,9 @@ def _rows(x: Tensor, codes: Tensor, disabled: Tensor | None) -> tuple[Tensor, Te
         spread = disabled.expand(shape)
     except RuntimeError as error:
         raise ShapeError(f"disabled is {tuple(disabled.shape)}. Give what spreads to {shape}: [..., group code].") from error
-    everywhere = all(n == 1 for n in disabled.shape[:-2])
-    return rows, disabled.reshape(-1, *disabled.shape[-2:]).expand(1, *codes.shape[:2]) if everywhere and disabled.ndim >= 2 else spread.reshape(
-        -1, *codes.shape[:2]
-    )
+    if all(size == 1 for size in disabled.shape[:-2]):  # the same codes everywhere: one row says it
+        return rows, _flat(spread[(slice(1),) * (x.ndim - 2)])
+    return rows, _flat(spread)
 
 
 @torch.no_grad()
@@ -98,13 +107,13 @@ def decode(
         raise ConfigError(f"reduce={reduce!r} is not known. Choose one of {list(_CHOICES['reduce'])}.")
     if ids.is_floating_point() or ids.dtype == torch.bool or ids.is_complex():
         raise InvalidCodeError(f"ids are {ids.dtype}. Give integers.")
+    _check_dense("codes", codes)
     if codes.ndim != 3 or ids.ndim < 2 or ids.shape[-2] != codes.shape[0] or ids.device != codes.device:
         raise ShapeError(
             f"ids are {tuple(ids.shape)} on {ids.device} and codes {tuple(codes.shape)} on {codes.device}. Give ids [..., group slot] and "
             "codes [group code d_group] on one device."
         )
-    flat = ids.long().reshape(-1, *ids.shape[-2:])
-    return decode_ids(flat, codes, reduce).reshape(*ids.shape[:-1], codes.shape[-1])
+    return decode_ids(_flat(ids.long()), codes, reduce).reshape(*ids.shape[:-1], codes.shape[-1])
 
 
 def snap(
@@ -128,7 +137,7 @@ def snap(
     ([[2.0, 2.0]], [[1]])
     """
     _check(x, codes, k, None, similarity=similarity, selection=selection, reduce=reduce)
-    rows = x.reshape(-1, *x.shape[-2:])
+    rows = _flat(x)
     out, ids = choose_and_decode(rows.detach(), codes, k, similarity, selection, reduce, None)
     out, ids = out.reshape(x.shape), ids.reshape(*x.shape[:-1], k)
     return (straight_through(x.to(codes.dtype), out) if through else out), ids

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -20,11 +21,10 @@ from tl_codebook.snap.workers import run, scratch
 
 __all__ = ["snap"]
 
-_WIDE = 256  # d_group from which on a second copy of the codes costs more than a pass over the scores
-_GRAM_WIDTH = 48  # d_group from which on updating the scores is cheaper than computing them again
+_GRAM_WIDTH = 32  # d_group from which on updating the scores is cheaper than computing them again (measured; 4x at 768)
 _GRAM_BYTES = 64 * 2**20
-_CHUNK_BYTES = 5 * 2**20  # of scores, where the product is short: they stay in a cache until they are read
-_WIDE_CHUNK_ROWS = 512  # where it is long: fewer rows, and packing the codes for each product shows
+_CHUNK_BYTES = 10 * 2**20  # of scores: still in a cache when they are looked at again
+_LONG = 256  # d_group from which on the product is so long that this matters less than how often the codes are packed for it
 _ALL_CHUNKS_BYTES = 2**30  # of all workers together
 
 
@@ -36,24 +36,51 @@ class _Table(NamedTuple):
     augmented: bool
     scale: Float[Tensor, "group code"] | None
     bias: Float[Tensor, "group code"] | None
+    twins: list[tuple[Int[Tensor, " twin"], Int[Tensor, " twin"]] | None]
 
 
-def _table(codes: Float[Tensor, "group code d_group"], similarity: str) -> _Table:
+def _twins(codes: Float[Tensor, "code d_group"], sizes: Float[Tensor, " code"]) -> tuple[Int[Tensor, " twin"], Int[Tensor, " twin"]] | None:
+    """Return codes that equal an earlier one bit for bit, and those earlier ones; None where there are none, which is the rule.
+
+    A matrix product may round equal columns differently, and equal scores have to go to the lowest id.
+    """
+    values = sizes.numpy()
+    ordered = np.sort(values)
+    shared = ordered[1:][ordered[1:] == ordered[:-1]]
+    if not len(shared):
+        return None
+    suspects = torch.from_numpy(np.flatnonzero(np.isin(values, shared)))
+    _, kind = torch.unique(codes.index_select(0, suspects), dim=0, return_inverse=True)
+    first = torch.full_like(suspects, codes.shape[0]).scatter_reduce_(0, kind, suspects, "amin").gather(0, kind)
+    later = first != suspects
+    return (suspects[later], first[later]) if later.any() else None
+
+
+def _table(codes: Float[Tensor, "group code d_group"], similarity: str, n_rows: int) -> _Table:
     n_groups, n_codes, d_group = codes.shape
+    few = n_rows < 2 * d_group  # writing the codes out again would take longer than passing over their scores
     if similarity == "inner_product":
         norms = codes.norm(dim=-1)
         norms = torch.where(norms > 0, norms, 1.0)
-        if d_group >= _WIDE:
-            return _Table(codes, None, False, norms.reciprocal_(), None)
-        return _Table(codes / norms.unsqueeze(-1), None, False, None, None)
+        twins = [_twins(c, n) for c, n in zip(codes, norms, strict=True)]
+        if few:
+            return _Table(codes, None, False, norms.reciprocal_(), None, twins)
+        return _Table(codes / norms.unsqueeze(-1), None, False, None, None, twins)
     shift = centre(codes)
-    if d_group >= _WIDE:  # (x - m) c ranks as (x - m) (c - m) does
-        squares = codes.square().sum(-1) if not shift.any() else torch.stack([(c - m).square().sum(-1) for c, m in zip(codes, shift, strict=True)])
-        return _Table(codes, shift, False, None, squares.div_(2))
+    bias = _half_squares(codes, shift)
+    twins = [_twins(c, b) for c, b in zip(codes, bias, strict=True)]
+    if few:  # (x - m) c ranks as (x - m) (c - m) does
+        return _Table(codes, shift, False, None, bias, twins)
     wider = codes.new_empty(n_groups, n_codes, d_group + 1)
     torch.sub(codes, shift, out=wider[..., :d_group])
-    wider[..., d_group] = wider[..., :d_group].square().sum(-1).div_(-2)
-    return _Table(wider, shift, True, None, None)
+    torch.neg(bias, out=wider[..., d_group])
+    return _Table(wider, shift, True, None, None, twins)
+
+
+def _half_squares(codes: Float[Tensor, "group code d_group"], shift: Float[Tensor, "group 1 d_group"]) -> Float[Tensor, "group code"]:
+    """Return half the squared distances of the codes from a point, without a second copy of the codes."""
+    at_once = max(1, 2**18 // (codes.shape[0] * codes.shape[2]))
+    return torch.cat([(part - shift).square_().sum(-1) for part in codes.split(at_once, 1)], 1).div_(2)
 
 
 def _scores(x: Float[Tensor, "row d_group"], table: _Table, group: int, out: Float[Tensor, "row code"]) -> None:
@@ -68,22 +95,26 @@ def _scores(x: Float[Tensor, "row d_group"], table: _Table, group: int, out: Flo
         out.mul_(table.scale[group])
     if table.bias is not None:
         out.sub_(table.bias[group])
+    twins = table.twins[group]
+    if twins is not None:
+        out[:, twins[0]] = out[:, twins[1]]
 
 
 def _chunk_rows(n_rows: int, n_groups: int, width: int, d_group: int) -> int:
-    # The number of threads plays no part: a chunk's size can change the last bits of its scores.
-    wide = d_group >= _WIDE
-    size = max(_WIDE_CHUNK_ROWS, 2**23 // width) if wide else max(128, _CHUNK_BYTES // (4 * width))
-    fair = -(-n_rows * n_groups // 16)  # something for each of several workers to do
-    return max(1, min(n_rows, size, max(32, fair)))
+    size = _CHUNK_BYTES // (4 * width) if d_group < _LONG else 512 if d_group < 2048 else 1024
+    fair = -(-n_rows * n_groups // torch.get_num_threads())  # something to do for every worker
+    return max(1, min(n_rows, 1024, max(size, 64), max(fair, 128)))
 
 
 def _grams(codes: Tensor, table: _Table, n_rows: int, k: int) -> Float[Tensor, "group code code"] | None:
     """Return what choosing code i takes from the score of code j, where a table of it is small and pays; None otherwise."""
     n_groups, n_codes, d_group = codes.shape
-    if d_group < _GRAM_WIDTH or n_groups * n_codes**2 * 4 > _GRAM_BYTES or n_rows * (k - 1) < 2 * n_codes:
+    if d_group < _GRAM_WIDTH or n_groups * n_codes**2 * 4 > _GRAM_BYTES or n_rows * (k - 1) < n_codes:
         return None
     grams = torch.bmm(codes, table.matrix[..., :d_group].transpose(1, 2))
+    for gram, twins in zip(grams, table.twins, strict=True):
+        if twins is not None:
+            gram[:, twins[0]] = gram[:, twins[1]]
     return grams if table.scale is None else grams.mul_(table.scale.unsqueeze(1))
 
 
@@ -133,7 +164,7 @@ def snap(
     ids = torch.empty(n_rows, n_groups, k, dtype=torch.long)
     out = None if reduce is None else torch.empty(n_rows, n_groups, d_group, dtype=codes.dtype)
     exact = codes.float()
-    table = _table(exact, similarity)
+    table = _table(exact, similarity, n_rows)
     residual = selection == "residual" and k > 1
     width = rows.padded(n_codes, 1 if residual else k)
     size = _chunk_rows(n_rows, n_groups, width, d_group)
@@ -158,10 +189,8 @@ def snap(
             else:
                 ids_here.copy_(rows.best(scores, n_codes, k))
         if out is not None and reduce is not None:
-            out[here, group] = decode_rows(ids_here, exact[group], reduce)
+            out[here, group] = decode_rows(ids_here, exact[group], reduce, filled=True)
 
     tasks = [(group, start) for group in range(n_groups) for start in range(0, n_rows, size)]
     run(work, tasks, max(1, _ALL_CHUNKS_BYTES // (4 * size * width)))
     return out, ids
-
-

@@ -26,6 +26,8 @@ def decode_rows(
     """Sum or average the codes of each row in fp32 or fp64, slot after slot; `filled` says that no id is negative."""
     if not filled:
         filled = ids.numel() == 0 or bool(ids.min() >= 0)
+    if ids.shape[1] == 0:
+        return codes.new_zeros(ids.shape[0], codes.shape[1])
     if filled and ids.shape[1] == 1:
         return codes.index_select(0, ids[:, 0])
     # A mean is a sum divided at the end, not a sum of weighted codes: rounding must not depend on whether a slot is empty.
@@ -54,8 +56,10 @@ def codes_gradient(
 
     Slots are sorted by code; each code then adds up the gradient rows that its slots point to, in the order of the rows.
     """
-    n_rows, n_groups, d_group = grad.shape
+    _, n_groups, d_group = grad.shape
     n_slots, n_bags = ids.shape[-1], n_groups * n_codes
+    if ids.numel() == 0:
+        return grad.new_zeros(n_groups, n_codes, d_group)
     exact = grad if grad.dtype == torch.float64 else grad.float()
     if reduce == "mean":
         exact = exact / _counted(ids)
@@ -68,7 +72,7 @@ def codes_gradient(
     starts = torch.cat([ends.new_zeros(1), ends[:-1]])
     sources = order // n_slots
     if not grad.is_cuda:
-        total = embedding_bag(sources[: int(starts[-1])], exact, starts[:-1], mode="sum") if n_rows else exact.new_zeros(n_bags, d_group)
+        total = embedding_bag(sources[: int(starts[-1])], exact, starts[:-1], mode="sum")
     else:
         total = _in_runs(sources, exact, starts)
     return total.view(n_groups, n_codes, d_group).to(grad.dtype)

@@ -24,9 +24,11 @@ def _by_definition(
     choose = definition.residual_codes if selection == "residual" else definition.nearest_codes
     size = max(1, _SCORES_AT_ONCE // (codes.shape[0] * codes.shape[1]))
     ids = torch.empty(*x.shape[:2], k, dtype=torch.long, device=x.device)
+    dtype = torch.promote_types(x.dtype, codes.dtype)
+    x, exact = x.to(dtype), codes.to(dtype)
     for i in range(0, x.shape[0], size):
         masked = disabled if disabled is None or disabled.shape[0] == 1 else disabled[i : i + size]
-        ids[i : i + size] = choose(x[i : i + size], codes, k, similarity, masked)
+        ids[i : i + size] = choose(x[i : i + size], exact, k, similarity, masked)
     return (None if reduce is None else gradients.decode_groups(ids, codes, reduce)), ids
 
 

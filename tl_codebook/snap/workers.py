@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-__all__ = ["run"]
+__all__ = ["run", "scratch"]
 
 _pools: dict[int, ThreadPoolExecutor] = {}
 _lock = threading.Lock()
-_scratch = threading.local()
+_own = threading.local()
 
 
 def _forget_pools() -> None:
@@ -39,6 +39,8 @@ def _pool(n: int) -> ThreadPoolExecutor:
 
             def alone(_: int) -> None:
                 torch.set_num_threads(1)  # of this thread; but also the default of threads that start later, hence the restoring
+                torch.get_num_threads()  # makes torch take the 1 now: at this thread's first computation it would take the default
+                _own.worker = True
                 started.wait()
 
             pool = ThreadPoolExecutor(n, thread_name_prefix="tl_codebook.snap")
@@ -55,7 +57,7 @@ def run(work: Callable[[Any], None], tasks: Iterable[Any], n_workers: int) -> No
     """
     tasks = list(tasks)
     n_workers = min(n_workers, len(tasks), torch.get_num_threads())
-    if n_workers <= 1:
+    if n_workers <= 1 or getattr(_own, "worker", False):  # a worker that waited for workers could wait for ever
         for task in tasks:
             work(task)
         return
@@ -73,7 +75,7 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tens
 
     Fresh memory costs a page fault every 4 KiB: for small d_group as much as the matrix product itself.
     """
-    buffers = _scratch.__dict__
+    buffers = _own.__dict__.setdefault("buffers", {})
     n = 1
     for size in shape:
         n *= size
