@@ -310,9 +310,7 @@ class Codebook(nn.Module):
         self._refuse_nonfinite(y, ids)
         return ids
 
-    def snap(
-        self, y: Float[Tensor, "*lead group d_group"]
-    ) -> tuple[Float[Tensor, "*lead group d_group"], Int[Tensor, "*lead group k"]]:
+    def snap(self, y: Float[Tensor, "*lead group d_group"]) -> tuple[Float[Tensor, "*lead group d_group"], Int[Tensor, "*lead group k"]]:
         """Choose and decode in one go: the numbers of `decode` of `choose`, bit for bit, in one pass over the input."""
         c = self.config
         q, ids = snap(y, self.codes, c.k, similarity=c.similarity, selection=c.selection, reduce=c.reduce or "sum", through=False)

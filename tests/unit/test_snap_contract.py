@@ -69,7 +69,7 @@ def exactly(x, codes, k, similarity, selection, disabled=None):
     seed=st.integers(0, 9999),
     data=st.data(),
 )
-@settings(max_examples=120)
+@settings(max_examples=80)
 def test_the_snap_is_its_definition(n_rows, n_groups, d_group, n_codes, similarity, selection, dtypes, reduce, strided, seed, data):
     k = data.draw(st.integers(1, min(n_codes, 6)))
     x = normal(n_rows, n_groups, d_group, seed=seed, dtype=dtypes[0])

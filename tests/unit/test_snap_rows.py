@@ -67,7 +67,7 @@ SIZES = st.one_of(st.integers(1, 80), st.integers(1, 1500), st.sampled_from([64,
 
 
 @given(n_rows=st.integers(0, 5), n_codes=SIZES, kind=st.sampled_from(sorted(KINDS)), seed=st.integers(0, 999), data=st.data())
-@settings(max_examples=300)
+@settings(max_examples=200)
 def test_the_best_codes_are_those_of_a_sorted_row(n_rows, n_codes, kind, seed, data):
     k = data.draw(st.one_of(st.integers(1, min(n_codes, 9)), st.integers(1, n_codes)))
     scores = KINDS[kind](n_rows, n_codes, seed)

@@ -1,8 +1,11 @@
 """The snap on a CPU: chunks of rows through one reused buffer of scores, on workers that compute alone.
 
-Nothing here holds ``[row group code]`` or ``[row k d_group]``. Three things cost, next to the matrix product that nobody can avoid: fresh memory
-(so buffers are reused), the selection (so `rows.best` looks at maxima) and the scaling of scores (so narrow groups get their scale and their
-bias built into a copy of the codes, one column wider; wide ones, whose copy would weigh more, get it in a pass over the scores).
+Nothing here holds ``[row group code]`` or ``[row k d_group]``. Three things cost, next to the matrix product that nobody can avoid:
+
+* fresh memory: buffers are reused;
+* the selection: `rows.best` looks at maxima;
+* the scaling of scores: many rows get it, and the bias, from a copy of the codes; few rows, for which the copy would cost more, from a pass
+  over their scores.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ __all__ = ["snap"]
 
 _GRAM_WIDTH = 32  # d_group from which on updating the scores is cheaper than computing them again (measured; 4x at 768)
 _GRAM_BYTES = 64 * 2**20
-_CHUNK_BYTES = 10 * 2**20  # of scores: still in a cache when they are looked at again
+_CHUNK_BYTES = 20 * 2**20  # of scores: still in a cache when they are looked at again
 _LONG = 256  # d_group from which on the product is so long that this matters less than how often the codes are packed for it
 _ALL_CHUNKS_BYTES = 2**30  # of all workers together
 
@@ -136,7 +139,7 @@ def _residual(
             _scores(rest, table, group, inside)
             if disabled is not None:
                 inside.masked_fill_(disabled, -torch.inf)
-        chosen = rows.first_best(scores).clamp_(max=n_codes - 1)
+        chosen = rows.first_best(inside)
         ids[:, slot] = chosen
         if slot == k - 1:
             return
@@ -185,7 +188,7 @@ def snap(
             if masked is not None:
                 inside.masked_fill_(masked, -torch.inf)
             if k == 1:
-                ids_here[:, 0] = rows.first_best(scores).clamp_(max=n_codes - 1)
+                ids_here[:, 0] = rows.first_best(inside)
             else:
                 ids_here.copy_(rows.best(scores, n_codes, k))
         if out is not None and reduce is not None:

@@ -78,7 +78,9 @@ def codes_gradient(
     return total.view(n_groups, n_codes, d_group).to(grad.dtype)
 
 
-def _in_runs(sources: Int[Tensor, " slot"], rows: Float[Tensor, "row d_group"], starts: Int[Tensor, " bag"]) -> Float[Tensor, "code d_group"]:
+def _in_runs(
+    sources: Int[Tensor, " slot"], rows: Float[Tensor, "row d_group"], starts: Int[Tensor, " bag"]
+) -> Float[Tensor, "code d_group"]:
     """Add up bags in runs of at most `_RUN` slots, then the runs of each bag: the same every time, and no bag takes long.
 
     Every shape is known beforehand, so nothing waits for the device.

@@ -98,9 +98,7 @@ def choose_and_decode(
 
 
 @choose_and_decode.register_fake
-def _(
-    x: Tensor, codes: Tensor, k: int, similarity: str, selection: str, reduce: str, disabled: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, codes: Tensor, k: int, similarity: str, selection: str, reduce: str, disabled: Tensor | None) -> tuple[Tensor, Tensor]:
     return codes.new_empty(x.shape), x.new_empty(*x.shape[:2], k, dtype=torch.long)
 
 

@@ -1,7 +1,7 @@
 """The k best of each row of a table, exactly, without looking at most of it.
 
 The k best scores of a row lie in the k blocks with the best maxima, whatever the blocks are. Maxima are nearly free (they vectorise);
-what is left to sort is a few hundred numbers. On top of the blocks of a row sit blocks of blocks: a pyramid, walked down with k nodes a level.
+what is left to sort is a few hundred numbers. On top of the blocks sit blocks of blocks: a pyramid, walked down with k nodes a level.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from tl_codebook.snap.workers import scratch
 
 __all__ = ["best", "factors_for", "first_best", "padded"]
 
-_BLOCK = 64  # of `first_best`
 _NODES = 32  # levels are multiples of this: the maxima of shorter runs do not vectorise
 _LOW = 0x7FFFFFFF
 
@@ -27,7 +26,7 @@ def factors_for(n_codes: int, k: int) -> tuple[int, ...]:
     """Return how many nodes make one node of the next level of the pyramid: few enough candidates in all, and few levels."""
     factors: list[int] = []
     nodes = n_codes
-    while len(factors) < 2 and nodes // 8 >= (8 * k if factors else max(4 * k, 2 * _NODES)):
+    while k > 1 and len(factors) < 2 and nodes // 8 >= (8 * k if factors else max(4 * k, 2 * _NODES)):
         factors.append(8)
         nodes //= 8
     return tuple(factors)
@@ -36,19 +35,13 @@ def factors_for(n_codes: int, k: int) -> tuple[int, ...]:
 def padded(n_codes: int, k: int) -> int:
     """Return the width of a table of scores whose rows divide into blocks; what is beyond `n_codes` has to be -inf."""
     factors = factors_for(n_codes, k)
-    multiple = _BLOCK if k == 1 else math.prod(factors) * _NODES if factors else 1
+    multiple = math.prod(factors) * _NODES if factors else 1
     return -(-n_codes // multiple) * multiple
 
 
-def first_best(scores: Float[Tensor, "row width"]) -> Int[Tensor, " row"]:
-    """Return the place of the highest score of each row, the first of equals."""
-    n_rows, width = scores.shape
-    if width <= _BLOCK:
-        return scores.argmax(1)
-    blocks = scores.view(n_rows, width // _BLOCK, _BLOCK)
-    block = blocks.amax(2).argmax(1)
-    rows = torch.arange(n_rows) * (width // _BLOCK)
-    return torch.add(blocks.flatten(0, 1).index_select(0, block + rows).argmax(1), block, alpha=_BLOCK)
+def first_best(scores: Float[Tensor, "row code"]) -> Int[Tensor, " row"]:
+    """Return the place of the highest score of each row, the first of equals (numpy's argmax is ten times as fast as torch's)."""
+    return torch.from_numpy(np.argmax(scores.numpy(), axis=1))
 
 
 def _highest(values: np.ndarray, k: int, tied: Bool[np.ndarray, " row"]) -> np.ndarray:
