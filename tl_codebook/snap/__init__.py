@@ -34,8 +34,8 @@ def _check(x: Tensor, codes: Tensor, k: int, disabled: Tensor | None, **choices:
     _check_dense("codes", codes)
     if codes.ndim != 3 or x.ndim < 2 or x.shape[-2:] != (codes.shape[0], codes.shape[2]):
         raise ShapeError(
-            f"x is {tuple(x.shape)} and codes are {tuple(codes.shape)}. Give x [..., group d_group] and codes [group code d_group] with the "
-            "same group and d_group."
+            f"x is {tuple(x.shape)} and codes are {tuple(codes.shape)}. Give x [..., group d_group] and codes [group code d_group] with "
+            "the same group and d_group."
         )
     if x.device != codes.device:
         raise ShapeError(f"x is on {x.device}, the codes are on {codes.device}. Bring them to one device.")
