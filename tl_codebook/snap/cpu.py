@@ -10,6 +10,7 @@ Nothing here holds ``[row group code]`` or ``[row k d_group]``. Three things cos
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -20,26 +21,35 @@ from torch import Tensor
 from tl_codebook.snap import rows
 from tl_codebook.snap.centre import centre
 from tl_codebook.snap.gradients import decode_rows
-from tl_codebook.snap.workers import run, scratch
+from tl_codebook.snap.workers import run, scratch, whose
 
 __all__ = ["snap"]
 
 _GRAM_WIDTH = 32  # d_group from which on updating the scores is cheaper than computing them again (measured; 4x at 768)
 _GRAM_BYTES = 64 * 2**20
-_CHUNK_BYTES = 20 * 2**20  # of scores: still in a cache when they are looked at again
+_CHUNK_BYTES = 20 * 2**20  # of scores: mostly still in a cache when they are looked at again
 _LONG = 256  # d_group from which on the product is so long that this matters less than how often the codes are packed for it
+_LONG_CHUNK_BYTES = 64 * 2**20
+_COPY_BYTES = 8 * 2**20  # of the codes of a group with scale and bias built in
 _ALL_CHUNKS_BYTES = 2**30  # of all workers together
+
+_serials = itertools.count()
 
 
 class _Table(NamedTuple):
-    """What turns rows into scores: ``[x - shift, 1] @ matrix^T`` where `shift` and `augmented` say so, then ``* scale - bias``."""
+    """What turns rows into scores.
 
-    matrix: Float[Tensor, "group code width"]
+    Where `built_in`, scale and bias are built into a copy of the codes, with `shift` and a last column of minus `bias`; scores are its
+    products with ``[x - shift, 1]``. Otherwise they are ``(x - shift) @ codes^T * scale - bias``.
+    """
+
+    codes: Float[Tensor, "group code d_group"]
+    built_in: bool
     shift: Float[Tensor, "group 1 d_group"] | None
-    augmented: bool
     scale: Float[Tensor, "group code"] | None
     bias: Float[Tensor, "group code"] | None
     twins: list[tuple[Int[Tensor, " twin"], Int[Tensor, " twin"]] | None]
+    serial: int
 
 
 def _twins(codes: Float[Tensor, "code d_group"], sizes: Float[Tensor, " code"]) -> tuple[Int[Tensor, " twin"], Int[Tensor, " twin"]] | None:
@@ -60,24 +70,32 @@ def _twins(codes: Float[Tensor, "code d_group"], sizes: Float[Tensor, " code"]) 
 
 
 def _table(codes: Float[Tensor, "group code d_group"], similarity: str, n_rows: int) -> _Table:
-    n_groups, n_codes, d_group = codes.shape
-    few = n_rows < 2 * d_group  # writing the codes out again would take longer than passing over their scores
+    _, n_codes, d_group = codes.shape
+    # For few rows, writing the codes out again takes longer than a pass over their scores; and each worker keeps its copy.
+    built_in = n_rows >= 2 * d_group and 4 * n_codes * (d_group + 1) <= _COPY_BYTES
+    serial = next(_serials)
     if similarity == "inner_product":
         norms = codes.norm(dim=-1)
-        norms = torch.where(norms > 0, norms, 1.0)
-        twins = [_twins(c, n) for c, n in zip(codes, norms, strict=True)]
-        if few:
-            return _Table(codes, None, False, norms.reciprocal_(), None, twins)
-        return _Table(codes / norms.unsqueeze(-1), None, False, None, None, twins)
-    shift = centre(codes)
+        scale = torch.where(norms > 0, norms, 1.0).reciprocal_()
+        return _Table(codes, built_in, None, scale, None, [_twins(c, s) for c, s in zip(codes, scale, strict=True)], serial)
+    shift = centre(codes)  # where nothing is built in, (x - m) c ranks as (x - m) (c - m) does
     bias = _half_squares(codes, shift)
-    twins = [_twins(c, b) for c, b in zip(codes, bias, strict=True)]
-    if few:  # (x - m) c ranks as (x - m) (c - m) does
-        return _Table(codes, shift, False, None, bias, twins)
-    wider = codes.new_empty(n_groups, n_codes, d_group + 1)
-    torch.sub(codes, shift, out=wider[..., :d_group])
-    torch.neg(bias, out=wider[..., d_group])
-    return _Table(wider, shift, True, None, None, twins)
+    return _Table(codes, built_in, shift, None, bias, [_twins(c, b) for c, b in zip(codes, bias, strict=True)], serial)
+
+
+def _built_in(table: _Table, group: int) -> Float[Tensor, "code width"]:
+    """Return this thread's copy of the codes of a group with scale and bias built in; tasks of one group follow each other."""
+    codes = table.codes[group]
+    n_codes, d_group = codes.shape
+    copy = scratch("codes", (n_codes, d_group + (table.bias is not None)), torch.float32)
+    if whose("codes", (table.serial, group)):
+        return copy
+    if table.scale is not None:
+        torch.mul(codes, table.scale[group].unsqueeze(1), out=copy)
+    if table.shift is not None and table.bias is not None:
+        torch.sub(codes, table.shift[group], out=copy[:, :d_group])
+        torch.neg(table.bias[group], out=copy[:, d_group])
+    return copy
 
 
 def _half_squares(codes: Float[Tensor, "group code d_group"], shift: Float[Tensor, "group 1 d_group"]) -> Float[Tensor, "group code"]:
@@ -87,26 +105,28 @@ def _half_squares(codes: Float[Tensor, "group code d_group"], shift: Float[Tenso
 
 
 def _scores(x: Float[Tensor, "row d_group"], table: _Table, group: int, out: Float[Tensor, "row code"]) -> None:
+    matrix = _built_in(table, group) if table.built_in else table.codes[group]
     if table.shift is not None:
-        wide = scratch("x", (x.shape[0], table.matrix.shape[-1]), torch.float32)
-        if table.augmented:
+        wide = scratch("x", (x.shape[0], matrix.shape[1]), torch.float32)
+        if table.built_in:
             wide[:, -1] = 1.0
         torch.sub(x, table.shift[group], out=wide[:, : x.shape[1]])
         x = wide
-    torch.mm(x, table.matrix[group].t(), out=out)
-    if table.scale is not None:
-        out.mul_(table.scale[group])
-    if table.bias is not None:
-        out.sub_(table.bias[group])
+    torch.mm(x, matrix.t(), out=out)
+    if not table.built_in:
+        if table.scale is not None:
+            out.mul_(table.scale[group])
+        if table.bias is not None:
+            out.sub_(table.bias[group])
     twins = table.twins[group]
     if twins is not None:
         out[:, twins[0]] = out[:, twins[1]]
 
 
 def _chunk_rows(n_rows: int, n_groups: int, width: int, d_group: int) -> int:
-    size = _CHUNK_BYTES // (4 * width) if d_group < _LONG else 512 if d_group < 2048 else 1024
+    size, least = (_CHUNK_BYTES // (4 * width), 64) if d_group < _LONG else (_LONG_CHUNK_BYTES // (4 * width), 512)
     fair = -(-n_rows * n_groups // torch.get_num_threads())  # something to do for every worker
-    return max(1, min(n_rows, 1024, max(size, 64), max(fair, 128)))
+    return max(1, min(n_rows, 1024, max(size, least), max(fair, 128)))
 
 
 def _grams(codes: Tensor, table: _Table, n_rows: int, k: int) -> Float[Tensor, "group code code"] | None:
@@ -114,7 +134,7 @@ def _grams(codes: Tensor, table: _Table, n_rows: int, k: int) -> Float[Tensor, "
     n_groups, n_codes, d_group = codes.shape
     if d_group < _GRAM_WIDTH or n_groups * n_codes**2 * 4 > _GRAM_BYTES or n_rows * (k - 1) < n_codes:
         return None
-    grams = torch.bmm(codes, table.matrix[..., :d_group].transpose(1, 2))
+    grams = torch.bmm(codes, (codes if table.shift is None else codes - table.shift).transpose(1, 2))
     for gram, twins in zip(grams, table.twins, strict=True):
         if twins is not None:
             gram[:, twins[0]] = gram[:, twins[1]]

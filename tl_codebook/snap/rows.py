@@ -25,8 +25,8 @@ _LOW = 0x7FFFFFFF
 def factors_for(n_codes: int, k: int) -> tuple[int, ...]:
     """Return how many nodes make one node of the next level of the pyramid: few enough candidates in all, and few levels."""
     factors: list[int] = []
-    nodes = n_codes
-    while k > 1 and len(factors) < 2 and nodes // 8 >= (8 * k if factors else max(4 * k, 2 * _NODES)):
+    nodes = n_codes // 8
+    while k > 1 and len(factors) < 2 and nodes >= max(4 * k, _NODES):
         factors.append(8)
         nodes //= 8
     return tuple(factors)

@@ -6,19 +6,23 @@ them costs more than it brings, and collapses when the cores are shared (measure
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
 
-__all__ = ["run", "scratch"]
+__all__ = ["run", "scratch", "whose"]
 
 _pools: dict[int, ThreadPoolExecutor] = {}
 _lock = threading.Lock()
 _own = threading.local()
+_HUGE_PAGE = 2 * 2**20
+_HUGE_FROM = 4 * 2**20  # bytes; numpy's threshold
 
 
 def _forget_pools() -> None:
@@ -76,11 +80,29 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tens
     Fresh memory costs a page fault every 4 KiB: for small d_group as much as the matrix product itself.
     """
     buffers = _own.__dict__.setdefault("buffers", {})
-    n = 1
-    for size in shape:
-        n *= size
+    n = math.prod(shape)
     old = buffers.get(name)
     if old is None or old.dtype != dtype or old.numel() < n:
+        _own.__dict__.setdefault("owners", {}).pop(name, None)
+        buffers.pop(name, None)  # not old and new at once
         with torch.inference_mode(False):  # a tensor born in inference mode could not be written to outside it
-            buffers[name] = old = torch.empty(n, dtype=dtype)
+            buffers[name] = old = _memory(n, dtype)
     return old[:n].view(shape)
+
+
+def _memory(n: int, dtype: torch.dtype) -> torch.Tensor:
+    size = n * dtype.itemsize
+    if size < _HUGE_FROM:
+        return torch.empty(n, dtype=dtype)
+    # numpy asks the system for huge pages, which torch does not: far-apart reads of a table of scores then find their pages at hand.
+    whole = np.empty(size + _HUGE_PAGE, np.uint8)
+    start = -whole.ctypes.data % _HUGE_PAGE
+    return torch.from_numpy(whole[start : start + size]).view(dtype)
+
+
+def whose(name: str, owner: tuple[int, ...]) -> bool:
+    """Say whether `scratch` of this name still holds what was written for `owner`, who has it from now on."""
+    owners = _own.__dict__.setdefault("owners", {})
+    before = owners.get(name)
+    owners[name] = owner
+    return bool(before == owner)
