@@ -212,6 +212,9 @@ def snap(
             else:
                 ids_here.copy_(rows.best(scores, n_codes, k))
         if out is not None and reduce is not None:
+            if k == n_groups == 1 and out.dtype == torch.float32:
+                torch.index_select(exact[0], 0, ids_here[:, 0], out=out[here, 0])
+                return
             out[here, group] = decode_rows(ids_here, exact[group], reduce, filled=True)
 
     tasks = [(group, start) for group in range(n_groups) for start in range(0, n_rows, size)]

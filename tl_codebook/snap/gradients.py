@@ -6,6 +6,8 @@ Forward the snap gives exactly the decoded codes; backward the gradient goes to 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -91,8 +93,21 @@ def _in_runs(
     return embedding_bag(torch.arange(len(cuts), device=cuts.device), runs, first, mode="sum")[:-1]
 
 
+class _StraightThrough(torch.autograd.Function):
+    # y + (q - y) would round, and q + (y - y) pass over memory three times.
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, q: Tensor) -> Tensor:
+        return q.clone()  # a view could not be edited in place, which hooks do
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, grad
+
+
 def straight_through(y: Float[Tensor, "*shape"], q: Float[Tensor, "*shape"], to_codes: bool = True) -> Float[Tensor, "*shape"]:
     """Return `q` with the gradient passed on to `y`, and to `q` itself where `to_codes` is true."""
-    if not torch.is_grad_enabled():
+    q = q if to_codes else q.detach()
+    if not torch.is_grad_enabled() or not (y.requires_grad or q.requires_grad):
         return q
-    return (q if to_codes else q.detach()) + (y - y.detach())
+    out: Tensor = _StraightThrough.apply(y, q)
+    return out
