@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_codebook.snap import rows
+from tl_codebook.snap import halves, rows
 from tl_codebook.snap.centre import centre
 from tl_codebook.snap.gradients import decode_rows
 from tl_codebook.snap.workers import run, scratch, whose
@@ -32,6 +32,8 @@ _LONG = 256  # d_group from which on the product is so long that this matters le
 _LONG_CHUNK_BYTES = 64 * 2**20
 _COPY_BYTES = 8 * 2**20  # of the codes of a group with scale and bias built in
 _ALL_CHUNKS_BYTES = 2**30  # of all workers together
+_TRIED = 32  # rows that tell whether bf16 is of use
+_MOST_UNPROVEN = 0.2  # of them: beyond that, doing rows twice takes longer
 
 _serials = itertools.count()
 
@@ -169,6 +171,52 @@ def _residual(
             inside.sub_(torch.index_select(gram, 0, chosen, out=scratch("gram", (len(chosen), n_codes), torch.float32)))
 
 
+def _nearest(
+    x: Float[Tensor, "row d_group"], table: _Table, group: int, disabled: Bool[Tensor, "row code"] | None, ids: Int[Tensor, "row k"]
+) -> None:
+    n_codes, k = table.codes.shape[1], ids.shape[1]
+    scores = scratch("scores", (x.shape[0], rows.padded(n_codes, k)), torch.float32)
+    inside = scores[:, :n_codes]
+    _scores(x, table, group, inside)
+    if disabled is not None:
+        inside.masked_fill_(disabled, -torch.inf)
+    if k == 1:
+        ids[:, 0] = rows.first_best(inside)
+    else:
+        scores[:, n_codes:] = -torch.inf
+        ids.copy_(rows.best(scores, n_codes, k))
+
+
+def _by_halves(
+    x: Float[Tensor, "row d_group"], table: _Table, group: int, halved: halves.Halved, k: int
+) -> tuple[Int[Tensor, "row k"], Int[Tensor, " unproven"]]:
+    scale, bias = (None if values is None else values[group] for values in (table.scale, table.bias))
+    return halves.nearest(x if table.shift is None else x - table.shift[group], table.codes[group], scale, bias, halved, k)
+
+
+def _proven(x: Float[Tensor, "row d_group"], table: _Table, group: int, halved: halves.Halved, ids: Int[Tensor, "row k"]) -> int:
+    """Choose like `_nearest`, through bf16; return how many rows had to be done again."""
+    found, left = _by_halves(x, table, group, halved, ids.shape[1])
+    if len(left):
+        again = found.index_select(0, left)
+        _nearest(x.index_select(0, left), table, group, None, again)
+        found[left] = again
+    ids.copy_(found)
+    return len(left)
+
+
+def _halved(x: Float[Tensor, "row d_group"], table: _Table, group: int, k: int) -> halves.Halved | None:
+    """Return the codes of a group in bf16, if they prove most of a few rows.
+
+    Tried once, before the work is shared out: what a row gets may not depend on which worker was first.
+    """
+    scale, bias = (None if values is None else values[group] for values in (table.scale, table.bias))
+    halved = halves.halve(table.codes[group], scale, bias)
+    some = torch.randint(x.shape[0], (_TRIED,), generator=torch.Generator().manual_seed(0))  # a stride could meet one position only
+    left = _by_halves(x.index_select(0, some).float(), table, group, halved, k)[1]
+    return halved if len(left) <= _MOST_UNPROVEN * _TRIED else None
+
+
 def snap(
     x: Float[Tensor, "row group d_group"],
     codes: Float[Tensor, "group code d_group"],
@@ -192,25 +240,23 @@ def snap(
     width = rows.padded(n_codes, 1 if residual else k)
     size = _chunk_rows(n_rows, n_groups, width, d_group)
     grams = _grams(exact, table, n_rows, k) if residual else None
+    halved: list[halves.Halved | None] = [None] * n_groups
+    if disabled is None and halves.supported() and halves.worth_it(n_rows, n_codes, d_group, k, selection):
+        halved = [_halved(x[:, group], table, group, k) for group in range(n_groups)]
 
     def work(task: tuple[int, int]) -> None:
         group, start = task
         here = slice(start, start + size)
         x_here, ids_here = x[here, group].float(), ids[here, group]
-        scores = scratch("scores", (x_here.shape[0], width), torch.float32)
-        scores[:, n_codes:] = -torch.inf
         masked = None if disabled is None else disabled.expand(n_rows, -1, -1)[here, group]
+        halved_here = halved[group]
         if residual:
+            scores = scratch("scores", (x_here.shape[0], width), torch.float32)
             _residual(x_here, exact[group], table, group, None if grams is None else grams[group], scores, masked, ids_here)
+        elif halved_here is not None:
+            _proven(x_here, table, group, halved_here, ids_here)
         else:
-            inside = scores[:, :n_codes]
-            _scores(x_here, table, group, inside)
-            if masked is not None:
-                inside.masked_fill_(masked, -torch.inf)
-            if k == 1:
-                ids_here[:, 0] = rows.first_best(inside)
-            else:
-                ids_here.copy_(rows.best(scores, n_codes, k))
+            _nearest(x_here, table, group, masked, ids_here)
         if out is not None and reduce is not None:
             if k == n_groups == 1 and out.dtype == torch.float32:
                 torch.index_select(exact[0], 0, ids_here[:, 0], out=out[here, 0])
