@@ -204,7 +204,7 @@ class Unmovable(Codebook):
 class Interrupted(Codebook):
     """A codebook whose user presses Ctrl-C while attach tries it out."""
 
-    def choose(self, y, disabled=None):
+    def snap(self, y):
         raise KeyboardInterrupt
 
 
