@@ -94,7 +94,7 @@ def test_help_of_a_verb(verb, capsys):
         main([verb, "--help"])
     assert done.value.code == 0
     out = capsys.readouterr().out
-    assert {"train": "Hugging Face folder or hub name", "bench": "groups x width of a group x codes x k"}[verb] in " ".join(out.split())
+    assert {"train": "Hugging Face folder or hub name", "bench": "Groups, width of a group, codes, k: 12x64x10000x8"}[verb] in " ".join(out.split())
 
 
 def test_a_wrong_call_of_a_verb(capsys):
