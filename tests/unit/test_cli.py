@@ -93,8 +93,8 @@ def test_help_of_a_verb(verb, capsys):
     with pytest.raises(SystemExit) as done:
         main([verb, "--help"])
     assert done.value.code == 0
-    out = capsys.readouterr().out
-    assert {"train": "Hugging Face folder or hub name", "bench": "Groups, width of a group, codes, k: 12x64x10000x8"}[verb] in " ".join(out.split())
+    says = {"train": "Hugging Face folder or hub name", "bench": "Groups, width of a group, codes, k: 12x64x10000x8"}
+    assert says[verb] in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_wrong_call_of_a_verb(capsys):
