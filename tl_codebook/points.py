@@ -191,13 +191,10 @@ class CodebookPoint(RelayPoint):
             kind = f"{seen.dtype} {tuple(seen.shape)} on {seen.device}" if isinstance(seen, Tensor) else f"a {type(seen).__name__}"
             raise ShapeError(f"{self.site}.{INPUT}: a hook returned {kind}. Return {x_in.dtype} {tuple(x_in.shape)} on {x_in.device}.")
         y = book.normalise(seen.unsqueeze(-2) if plain else seen)
-        q = None
-        if self.hook_codes.fwd_hooks:  # a plain list, so that Dynamo guards on it and sees hooks added after compiling
-            chosen = book.choose(y)
-            ids = self._edited(chosen.squeeze(-2) if plain else chosen, SnapCall(self.site, book, y, chosen, n_lead, self.clock))
-        else:
-            q, chosen = book.snap(y)
-            ids = self.hook_codes(chosen.squeeze(-2) if plain else chosen)
+        hooked = bool(self.hook_codes.fwd_hooks)  # a plain list, so that Dynamo guards on it and sees hooks added after compiling
+        q, chosen = (None, book.choose(y)) if hooked else book.snap(y)
+        ids = chosen.squeeze(-2) if plain else chosen
+        ids = self._edited(ids, SnapCall(self.site, book, y, chosen, n_lead, self.clock)) if hooked else self.hook_codes(ids)
         if not torch.compiler.is_compiling():  # Dynamo would guard on the number and compile again at every call
             self.n_snaps += 1
         out = book.emit(y, ids.unsqueeze(-2) if plain else ids, q)

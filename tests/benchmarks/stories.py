@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
+
+import torch
+
+from tl_codebook.benchmarks import where
 
 RESULTS = Path(__file__).with_name("results") / "stories.json"
 SHARED = Path(__file__).resolve().parents[3] / "shared"
@@ -55,19 +57,13 @@ def table(results: dict) -> str:
         dead = "" if recipe == "none" else f"{trained['dead_codes']:.1%}"
         name = f"{NAMES[recipe]}, {row['tokens']:,} tokens, {row['seconds']:.0f} s"
         lines.append(f"| {name} | {trained['loss']:.3f} | {cost} | {trained['accuracy']:.2%} | {dead} |")
-    where = results["where"]
+    at = results["where"]
     lines.append("")
     lines.append(
-        f"Loss in nats per token; seed {results['runs'][0]['seed']}; {where['cpu']}, threads: {where['threads']}, torch {where['torch']}, "
-        f"TransformerLens {where['transformer_lens']}, commit {where['commit']}; `python -m tests.benchmarks.stories`."
+        f"Loss in nats per token; seed {results['runs'][0]['seed']}; {at['cpu']}, threads: {at['threads']}, torch {at['torch']}, "
+        f"TransformerLens {at['transformer_lens']}, commit {at['commit']}; `python -m tests.benchmarks.stories`."
     )
     return "\n".join(lines)
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def main() -> None:
@@ -80,18 +76,11 @@ def main() -> None:
     if args.table:
         print(table(json.loads(RESULTS.read_text())))
         return
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     runs = [run(recipe, args.steps, args.seed, extra) for recipe in args.recipes]
-    where = {
-        "cpu": cpu_name(),
-        "threads": runs[0]["threads"],
-        "torch": version("torch"),
-        "transformer_lens": version("transformer-lens"),
-        "commit": commit,
-    }
+    at = where(torch.device("cpu"), runs[0]["threads"])
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"runs": runs, "where": where}, indent=2) + "\n")
-    print(table({"runs": runs, "where": where}))
+    RESULTS.write_text(json.dumps({"runs": runs, "where": at}, indent=2) + "\n")
+    print(table({"runs": runs, "where": at}))
 
 
 if __name__ == "__main__":

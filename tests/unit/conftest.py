@@ -1,4 +1,5 @@
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 from jaxtyping import config
 
@@ -13,3 +14,11 @@ def unchecked():
     config.update("jaxtyping_disable", True)
     yield
     config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def threads():
+    """Set how many threads torch computes with, until the end of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -16,13 +16,6 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 @pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
 def grams(monkeypatch):
     """What cpu._grams returned at each call."""
     made, original = [], cpu._grams
@@ -275,6 +268,15 @@ def lengths_of_powers_of_two(n_codes, d_group, seed=0):
     return torch.where(rank < entries, signs, 0.0)[None]
 
 
+def assert_exact(x, codes, k, similarity, selection, expected, grams, monkeypatch):
+    """The ids are the expected ones, and those of several residual codes are with and without the table of products."""
+    assert torch.equal(cpu.snap(x, codes, k, similarity, selection, None)[1], expected)
+    if selection == "residual" and k > 1:
+        assert (grams[0] is not None) == (x.shape[-1] >= 48)
+        monkeypatch.setattr(cpu, "_grams", lambda *args: None)
+        assert torch.equal(cpu.snap(x, codes, k, similarity, selection, None)[1], expected)
+
+
 @EACH
 @pytest.mark.parametrize("d_group", [2, 5, 64, 300])
 @pytest.mark.parametrize("k", [1, 2, 4, 40])
@@ -285,11 +287,7 @@ def test_whole_numbers_tie_and_the_lowest_id_wins(selection, d_group, k, offset,
     if selection == "residual":
         k = min(k, 4)
     expected = exactly(x, codes, k, "euclidean", selection)
-    assert torch.equal(cpu.snap(x, codes, k, "euclidean", selection, None)[1], expected)
-    if selection == "residual" and k > 1:
-        assert (grams[0] is not None) == (d_group >= 48)
-        monkeypatch.setattr(cpu, "_grams", lambda *args: None)
-        assert torch.equal(cpu.snap(x, codes, k, "euclidean", selection, None)[1], expected)
+    assert_exact(x, codes, k, "euclidean", selection, expected, grams, monkeypatch)
 
 
 @EACH
@@ -298,11 +296,7 @@ def test_whole_numbers_tie_and_the_lowest_id_wins(selection, d_group, k, offset,
 def test_exact_cosines_tie_and_the_lowest_id_wins(selection, d_group, k, grams, monkeypatch):
     x, codes = integers(400, 1, d_group), lengths_of_powers_of_two(200, d_group)
     expected = exactly(x, codes, k, "inner_product", selection)
-    assert torch.equal(cpu.snap(x, codes, k, "inner_product", selection, None)[1], expected)
-    if selection == "residual" and k > 1:
-        assert (grams[0] is not None) == (d_group >= 48)
-        monkeypatch.setattr(cpu, "_grams", lambda *args: None)
-        assert torch.equal(cpu.snap(x, codes, k, "inner_product", selection, None)[1], expected)
+    assert_exact(x, codes, k, "inner_product", selection, expected, grams, monkeypatch)
 
 
 @EACH

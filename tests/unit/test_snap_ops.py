@@ -18,13 +18,6 @@ OPS = torch.ops.tl_codebook
 
 
 @pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
 def fresh_compiler():
     """Start from nothing compiled, and without the shape checks of the tests, which Dynamo would have to trace."""
     config.update("jaxtyping_disable", True)

@@ -19,13 +19,6 @@ ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 30  # seconds until something counts as a deadlock
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def finished(function):
     """Run a function on a thread of its own; fail if it hangs, raise what it raises, return what it returns."""
     answers = []

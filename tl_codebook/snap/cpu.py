@@ -71,6 +71,11 @@ def _twins(codes: Float[Tensor, "code d_group"], sizes: Float[Tensor, " code"]) 
     return (suspects[later], first[later]) if later.any() else None
 
 
+def _make_equal(columns: Float[Tensor, "row code"], twins: tuple[Tensor, Tensor] | None) -> None:
+    if twins is not None:
+        columns[:, twins[0]] = columns[:, twins[1]]
+
+
 def _table(codes: Float[Tensor, "group code d_group"], similarity: str, n_rows: int) -> _Table:
     _, n_codes, d_group = codes.shape
     # For few rows, writing the codes out again takes longer than a pass over their scores; and each worker keeps its copy.
@@ -120,9 +125,7 @@ def _scores(x: Float[Tensor, "row d_group"], table: _Table, group: int, out: Flo
             out.mul_(table.scale[group])
         if table.bias is not None:
             out.sub_(table.bias[group])
-    twins = table.twins[group]
-    if twins is not None:
-        out[:, twins[0]] = out[:, twins[1]]
+    _make_equal(out, table.twins[group])
 
 
 def _chunk_rows(n_rows: int, n_groups: int, width: int, d_group: int) -> int:
@@ -138,37 +141,34 @@ def _grams(codes: Tensor, table: _Table, n_rows: int, k: int) -> Float[Tensor, "
         return None
     grams = torch.bmm(codes, (codes if table.shift is None else codes - table.shift).transpose(1, 2))
     for gram, twins in zip(grams, table.twins, strict=True):
-        if twins is not None:
-            gram[:, twins[0]] = gram[:, twins[1]]
+        _make_equal(gram, twins)
     return grams if table.scale is None else grams.mul_(table.scale.unsqueeze(1))
 
 
 def _residual(
     x: Float[Tensor, "row d_group"],
-    codes: Float[Tensor, "code d_group"],
     table: _Table,
     group: int,
     gram: Float[Tensor, "code code"] | None,
-    scores: Float[Tensor, "row width"],
     disabled: Bool[Tensor, "row code"] | None,
     ids: Int[Tensor, "row k"],
 ) -> None:
-    n_codes, k = codes.shape[0], ids.shape[1]
-    inside = scores[:, :n_codes]
+    codes, k = table.codes[group], ids.shape[1]
+    scores = scratch("scores", (x.shape[0], codes.shape[0]), torch.float32)
     rest = x
     for slot in range(k):
         if slot == 0 or gram is None:
-            _scores(rest, table, group, inside)
+            _scores(rest, table, group, scores)
             if disabled is not None:
-                inside.masked_fill_(disabled, -torch.inf)
-        chosen = rows.first_best(inside)
+                scores.masked_fill_(disabled, -torch.inf)
+        chosen = rows.first_best(scores)
         ids[:, slot] = chosen
         if slot == k - 1:
             return
         if gram is None:
             rest = rest - codes.index_select(0, chosen)
         else:
-            inside.sub_(torch.index_select(gram, 0, chosen, out=scratch("gram", (len(chosen), n_codes), torch.float32)))
+            scores.sub_(torch.index_select(gram, 0, chosen, out=scratch("gram", tuple(scores.shape), torch.float32)))
 
 
 def _nearest(
@@ -187,11 +187,15 @@ def _nearest(
         ids.copy_(rows.best(scores, n_codes, k))
 
 
+def _scale_and_bias(table: _Table, group: int) -> tuple[Float[Tensor, " code"] | None, Float[Tensor, " code"] | None]:
+    return None if table.scale is None else table.scale[group], None if table.bias is None else table.bias[group]
+
+
 def _by_halves(
     x: Float[Tensor, "row d_group"], table: _Table, group: int, halved: halves.Halved, k: int
 ) -> tuple[Int[Tensor, "row k"], Int[Tensor, " unproven"]]:
-    scale, bias = (None if values is None else values[group] for values in (table.scale, table.bias))
-    return halves.nearest(x if table.shift is None else x - table.shift[group], table.codes[group], scale, bias, halved, k)
+    shifted = x if table.shift is None else x - table.shift[group]
+    return halves.nearest(shifted, table.codes[group], *_scale_and_bias(table, group), halved, k)
 
 
 def _proven(x: Float[Tensor, "row d_group"], table: _Table, group: int, halved: halves.Halved, ids: Int[Tensor, "row k"]) -> int:
@@ -210,8 +214,7 @@ def _halved(x: Float[Tensor, "row d_group"], table: _Table, group: int, k: int) 
 
     Tried once, before the work is shared out: what a row gets may not depend on which worker was first.
     """
-    scale, bias = (None if values is None else values[group] for values in (table.scale, table.bias))
-    halved = halves.halve(table.codes[group], scale, bias)
+    halved = halves.halve(table.codes[group], *_scale_and_bias(table, group))
     some = torch.randint(x.shape[0], (_TRIED,), generator=torch.Generator().manual_seed(0))  # a stride could meet one position only
     left = _by_halves(x.index_select(0, some).float(), table, group, halved, k)[1]
     return halved if len(left) <= _MOST_UNPROVEN * _TRIED else None
@@ -251,8 +254,7 @@ def snap(
         masked = None if disabled is None else disabled.expand(n_rows, -1, -1)[here, group]
         halved_here = halved[group]
         if residual:
-            scores = scratch("scores", (x_here.shape[0], width), torch.float32)
-            _residual(x_here, exact[group], table, group, None if grams is None else grams[group], scores, masked, ids_here)
+            _residual(x_here, table, group, None if grams is None else grams[group], masked, ids_here)
         elif halved_here is not None:
             _proven(x_here, table, group, halved_here, ids_here)
         else:

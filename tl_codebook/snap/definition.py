@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["decode", "nearest_codes", "residual_codes", "scores", "top_codes"]
+__all__ = ["choose_in_parts", "decode", "nearest_codes", "residual_codes", "scores", "top_codes"]
 
 
 def _exact(x: Tensor) -> Tensor:
@@ -76,6 +76,27 @@ def residual_codes(
         chosen.append(ids)
         rest = rest - decode(ids, _exact(codes), "sum")
     return torch.cat(chosen, dim=-1)
+
+
+def choose_in_parts(
+    x: Float[Tensor, "row group d_group"],
+    codes: Float[Tensor, "group code d_group"],
+    k: int,
+    similarity: str,
+    selection: str,
+    disabled: Bool[Tensor, "#row group code"] | None,
+    scores_at_once: int,
+) -> Int[Tensor, "row group k"]:
+    """Return the ids of `nearest_codes` or `residual_codes`, holding the scores of some rows at a time."""
+    choose = residual_codes if selection == "residual" else nearest_codes
+    size = max(1, scores_at_once // (codes.shape[0] * codes.shape[1]))
+    dtype = torch.promote_types(x.dtype, codes.dtype)
+    x, codes = x.to(dtype), codes.to(dtype)
+    ids = torch.empty(*x.shape[:2], k, dtype=torch.long, device=x.device)
+    for i in range(0, x.shape[0], size):
+        masked = disabled if disabled is None or disabled.shape[0] == 1 else disabled[i : i + size]
+        ids[i : i + size] = choose(x[i : i + size], codes, k, similarity, masked)
+    return ids
 
 
 def decode(

@@ -108,7 +108,7 @@ def snap(
         elif path == "chunk":
             ids = _chunk(x, codes, k, similarity, selection, disabled, kernels)
         else:
-            ids = _definition(x.to(dtype), codes.to(dtype), k, similarity, selection, disabled)
+            ids = definition.choose_in_parts(x, codes, k, similarity, selection, disabled, WORKSPACE // _DEFINITION_BYTES)
         return None if reduce is None else decode(ids, codes, reduce), ids
 
 
@@ -142,14 +142,6 @@ def _fp32_or_64(dtype: torch.dtype) -> torch.dtype:
 def _slices(n_rows: int, bytes_per_row: int) -> Iterator[slice]:
     at_once = max(1, WORKSPACE // bytes_per_row)
     return (slice(i, min(i + at_once, n_rows)) for i in range(0, n_rows, at_once))
-
-
-def _definition(x: Tensor, codes: Tensor, k: int, similarity: str, selection: str, disabled: Tensor | None) -> Tensor:
-    choose = definition.residual_codes if selection == "residual" else definition.nearest_codes
-    rows = _slices(x.shape[0], _DEFINITION_BYTES * codes.shape[0] * codes.shape[1])
-    return torch.cat(
-        [choose(x[s], codes, k, similarity, disabled if disabled is None or len(disabled) == 1 else disabled[s]) for s in rows]
-    )
 
 
 def _chunk(

@@ -63,7 +63,7 @@ def codes_gradient(
     if ids.numel() == 0:
         return grad.new_zeros(n_groups, n_codes, d_group)
     exact = grad if grad.dtype == torch.float64 else grad.float()
-    if reduce == "mean":
+    if reduce == "mean" and n_slots > 1:  # of one slot the mean is the slot
         exact = exact / _counted(ids)
     exact = exact.reshape(-1, d_group)
     offsets = torch.arange(n_groups, device=ids.device).unsqueeze(-1) * n_codes

@@ -21,14 +21,7 @@ _SCORES_AT_ONCE = 2**22  # of the definition, which holds them several times ove
 def _by_definition(
     x: Tensor, codes: Tensor, k: int, similarity: str, selection: str, reduce: str | None, disabled: Tensor | None
 ) -> tuple[Tensor | None, Tensor]:
-    choose = definition.residual_codes if selection == "residual" else definition.nearest_codes
-    size = max(1, _SCORES_AT_ONCE // (codes.shape[0] * codes.shape[1]))
-    ids = torch.empty(*x.shape[:2], k, dtype=torch.long, device=x.device)
-    dtype = torch.promote_types(x.dtype, codes.dtype)
-    x, exact = x.to(dtype), codes.to(dtype)
-    for i in range(0, x.shape[0], size):
-        masked = disabled if disabled is None or disabled.shape[0] == 1 else disabled[i : i + size]
-        ids[i : i + size] = choose(x[i : i + size], exact, k, similarity, masked)
+    ids = definition.choose_in_parts(x, codes, k, similarity, selection, disabled, _SCORES_AT_ONCE)
     return (None if reduce is None else gradients.decode_groups(ids, codes, reduce)), ids
 
 
@@ -45,12 +38,14 @@ def _run(
     else:
         path = cpu.snap if x.device.type == "cpu" else _by_definition
     with torch.autocast(device_type=x.device.type, enabled=False):
-        out, ids = path(x.detach(), codes.detach(), k, similarity, selection, reduce, disabled)
-        if disabled is not None:  # fewer enabled codes than slots: the rest stays empty
-            lacking = disabled.expand(x.shape[0], -1, -1).gather(-1, ids)
-            ids = ids.masked_fill(lacking, -1)
-            if out is not None and reduce is not None:
-                out = _decode(ids, codes, reduce)
+        if disabled is None:
+            out, ids = path(x.detach(), codes.detach(), k, similarity, selection, reduce, None)
+        else:
+            ids = path(x.detach(), codes.detach(), k, similarity, selection, None, disabled)[1]
+            ids = ids.masked_fill(
+                disabled.expand(x.shape[0], -1, -1).gather(-1, ids), -1
+            )  # fewer enabled codes than slots: the rest stays empty
+            out = None if reduce is None else _decode(ids, codes.detach(), reduce)
         # NaN and Inf have no order: such a row must not come out as a valid code. A finite sum has finite terms.
         if x.is_cuda or not torch.isfinite(x.sum()):
             wrong = ~torch.isfinite(x).all(-1, keepdim=True)
