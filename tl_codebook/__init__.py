@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tl_codebook.checkpoint import Codebooks, load, save
     from tl_codebook.codebook import Codebook, CodebookConfig
     from tl_codebook.contexts import bypassed, count_usage, masked
+    from tl_codebook.convert.codebook_features import load_codebook_features
     from tl_codebook.convert.huggingface import load_hf
     from tl_codebook.interventions import ban_code, force_code, patch_codes, swap_codes
     from tl_codebook.names import Address, Code
@@ -39,6 +40,7 @@ _HOME = {
     "force_code": "interventions",
     "initialise_codes_": "training",
     "load": "checkpoint",
+    "load_codebook_features": "convert.codebook_features",
     "load_dataset_from": "training",
     "load_hf": "convert.huggingface",
     "masked": "contexts",
@@ -67,6 +69,7 @@ __all__ = [
     "force_code",
     "initialise_codes_",
     "load",
+    "load_codebook_features",
     "load_dataset_from",
     "load_hf",
     "masked",

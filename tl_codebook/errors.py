@@ -1,6 +1,6 @@
 """The exceptions of tl_codebook.
 
-Each is a `CodebookError` and also the builtin that people already catch (the two warnings are `UserWarning`)::
+Each is a `CodebookError` and also the builtin that people already catch (the warnings are `UserWarning`)::
 
     CodebookError
     ├── ConfigError          ValueError        a configuration that cannot be
@@ -32,6 +32,7 @@ __all__ = [
     "BasisWarning",
     "CheckpointError",
     "CheckpointExistsError",
+    "CheckpointWarning",
     "CodebookError",
     "ConfigError",
     "DataError",
@@ -110,6 +111,10 @@ class TrainingError(CodebookError, RuntimeError):
 
 class BasisWarning(UserWarning):
     """The activations at a site differ from those that the codes were trained on."""
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint holds something that has no effect."""
 
 
 class EmptyInterventionWarning(UserWarning):

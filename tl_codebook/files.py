@@ -131,18 +131,18 @@ def remove_stale(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object strictly: no duplicate keys, no NaN."""
+def read_json(path: Path, again: str = "Write it again with tl_codebook.save.") -> dict[str, Any]:
+    """Read a JSON object strictly: no duplicate keys, no NaN. `again` is what errors advise."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         twice = sorted({key for key in keys if keys.count(key) > 1})
         if twice:
-            raise CheckpointError(f"{path}: the key {twice[0]!r} stands there twice. Write it again with tl_codebook.save.")
+            raise CheckpointError(f"{path}: the key {twice[0]!r} stands there twice. {again}")
         return dict(pairs)
 
     def no_constant(text: str) -> Any:
-        raise CheckpointError(f"{path}: {text} is no JSON value. Write the file again with tl_codebook.save.")
+        raise CheckpointError(f"{path}: {text} is no JSON value. {again}")
 
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique, parse_constant=no_constant)
@@ -151,7 +151,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}). It is incomplete or damaged: copy it again.") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not an object. Write it again with tl_codebook.save.")
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not an object. {again}")
     return content
 
 
