@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from tl_codebook.codebook import Codebook, CodebookConfig
     from tl_codebook.contexts import bypassed, count_usage, masked
     from tl_codebook.convert.codebook_features import load_codebook_features
+    from tl_codebook.convert.export import export_hf
     from tl_codebook.convert.huggingface import load_hf
+    from tl_codebook.convert.inside import attach_hf
     from tl_codebook.interventions import ban_code, force_code, patch_codes, swap_codes
     from tl_codebook.names import Address, Code
     from tl_codebook.steering import steer
@@ -32,10 +34,12 @@ _HOME = {
     "CodebookTrainingConfig": "training",
     "Codebooks": "checkpoint",
     "attach": "attachment",
+    "attach_hf": "convert.inside",
     "ban_code": "interventions",
     "bypassed": "contexts",
     "count_usage": "contexts",
     "detach": "attachment",
+    "export_hf": "convert.export",
     "fingerprint": "basis",
     "force_code": "interventions",
     "initialise_codes_": "training",
@@ -61,10 +65,12 @@ __all__ = [
     "CodebookTrainingConfig",
     "Codebooks",
     "attach",
+    "attach_hf",
     "ban_code",
     "bypassed",
     "count_usage",
     "detach",
+    "export_hf",
     "fingerprint",
     "force_code",
     "initialise_codes_",

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from tl_codebook.errors import ConfigError, NonFiniteError, ShapeError
 from tl_codebook.snap import decode, select, snap, straight_through
+from tl_codebook.usage import Usage
 
-__all__ = ["Codebook", "CodebookConfig", "SnapTerms", "Usage"]
+__all__ = ["Codebook", "CodebookConfig", "SnapTerms"]
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "similarity": ("inner_product", "euclidean"),
@@ -113,78 +114,8 @@ class SnapTerms(NamedTuple):
     """|stop(q) - y|^2: moves the input to the codes."""
     d_in: int
     """Dimensions summed over, for those who want a mean."""
-
-
-class Usage:
-    """Running totals over the activations that a codebook has snapped: how often each code fired, and how well it fitted.
-
-    Plain tensors rather than buffers: casting a model to bf16 must not round them and DDP must not overwrite them.
-    """
-
-    FIELDS = ("counts", "n_vectors", "error", "total", "square")
-
-    def __init__(self, n_groups: int, n_codes: int, d_group: int, device: torch.device | str | None = None):
-        self.counts: Int[Tensor, "group code"] = torch.zeros(n_groups, n_codes, dtype=torch.long, device=device)
-        self.n_vectors: Int[Tensor, ""] = torch.zeros((), dtype=torch.long, device=device)
-        self.error: Float[Tensor, " group"] = torch.zeros(n_groups, dtype=torch.float64, device=device)
-        self.total: Float[Tensor, "group d_group"] = torch.zeros(n_groups, d_group, dtype=torch.float64, device=device)
-        self.square: Float[Tensor, " group"] = torch.zeros(n_groups, dtype=torch.float64, device=device)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the totals by name."""
-        return {name: getattr(self, name) for name in self.FIELDS}
-
-    def reset(self) -> None:
-        """Start again from zero."""
-        for tensor in self.tensors().values():
-            tensor.zero_()
-
-    def to(self, device: torch.device) -> None:
-        """Move the totals; done by the codebook when the activations come from another device."""
-        if self.counts.device != device:
-            with torch.inference_mode(False):
-                for name, tensor in self.tensors().items():
-                    setattr(self, name, tensor.to(device))
-
-    def add(
-        self,
-        y: Float[Tensor, "*lead group d_group"],
-        q: Float[Tensor, "*lead group d_group"],
-        ids: Int[Tensor, "*lead group k"],
-        mask: Bool[Tensor, "*lead"] | None,
-    ) -> None:
-        """Count the ids and errors of the positions where `mask` is true; ids below zero are no activation."""
-        self.to(y.device)
-        n_groups, n_codes = self.counts.shape
-        y, q, ids = y.flatten(0, -3).double(), q.flatten(0, -3).double(), ids.flatten(0, -3)
-        keep = torch.ones(y.shape[0], dtype=torch.bool, device=y.device) if mask is None else mask.reshape(-1)
-        keep = keep & torch.isfinite(y).all(-1).all(-1)
-        y, q = y.masked_fill(~keep[:, None, None], 0.0), q.masked_fill(~keep[:, None, None], 0.0)
-        fired = (ids >= 0) & keep[:, None, None]
-        rows = ids.clamp(min=0) + torch.arange(n_groups, device=ids.device)[:, None] * n_codes
-        self.counts.view(-1).index_add_(0, rows.reshape(-1), fired.reshape(-1).long())
-        self.n_vectors += keep.sum()
-        self.error += (q - y).square().sum((0, -1))
-        self.total += y.sum(0)
-        self.square += y.square().sum((0, -1))
-
-    @property
-    def dead_fraction(self) -> float:
-        """Share of codes that have not fired, 0 to 1."""
-        return float((self.counts == 0).double().mean())
-
-    @property
-    def perplexity(self) -> Float[Tensor, " group"]:
-        """Return exp(entropy) of the codes per group: the number of codes in equal use, 1 to n_codes."""
-        share = self.counts.double() / self.counts.sum(-1, keepdim=True).clamp(min=1)
-        return torch.exp(-torch.xlogy(share, share).sum(-1))
-
-    @property
-    def unexplained(self) -> Float[Tensor, " group"]:
-        """Return the fraction of variance unexplained per group: squared error over squared distance to the mean input."""
-        n = self.n_vectors.clamp(min=1)
-        variance = self.square - self.total.square().sum(-1) / n
-        return self.error / variance.clamp(min=torch.finfo(torch.float64).tiny)
+    n_positions: Int[Tensor, ""] | int
+    """Positions averaged over, without those that `masked` leaves out, at least 1; for those who want a sum."""
 
 
 class Codebook(nn.Module):
@@ -228,6 +159,8 @@ class Codebook(nn.Module):
         """True while the codes are the noise that they start as; k-means, training and loading end it."""
         self.lm_gradient_to_codes = True
         """False detaches the codes from what comes after (the VQ-VAE estimator); their only gradient is the reconstruction term."""
+        self.k_now: int | None = None
+        """Codes chosen instead of the configured k while a k schedule trains; None = the configured k. No part of a checkpoint."""
         self.count_when: Literal["train", "always", "never"] = "train"
         self.token_mask: Bool[Tensor, "*lead"] | None = None
         self._mask_of_forward: Tensor | None = None
@@ -260,8 +193,8 @@ class Codebook(nn.Module):
 
     @property
     def k(self) -> int:
-        """Return how many codes are chosen per group and position."""
-        return self.config.k
+        """Return how many codes are chosen per group and position: `config.k`, or `k_now` while a schedule sets it."""
+        return self.config.k if self.k_now is None else self.k_now
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -306,14 +239,14 @@ class Codebook(nn.Module):
     ) -> Int[Tensor, "*lead group k"]:
         """Choose the codes of normalised inputs; NaN or Inf raises, or gives ids of -1 where ``on_nonfinite="propagate"``."""
         c = self.config
-        ids = select(y, self.codes, c.k, similarity=c.similarity, selection=c.selection, disabled=disabled)
+        ids = select(y, self.codes, self.k, similarity=c.similarity, selection=c.selection, disabled=disabled)
         self._refuse_nonfinite(y, ids)
         return ids
 
     def snap(self, y: Float[Tensor, "*lead group d_group"]) -> tuple[Float[Tensor, "*lead group d_group"], Int[Tensor, "*lead group k"]]:
         """Choose and decode in one go: the numbers of `decode` of `choose`, bit for bit, in one pass over the input."""
         c = self.config
-        q, ids = snap(y, self.codes, c.k, similarity=c.similarity, selection=c.selection, reduce=c.reduce or "sum", through=False)
+        q, ids = snap(y, self.codes, self.k, similarity=c.similarity, selection=c.selection, reduce=c.reduce or "sum", through=False)
         self._refuse_nonfinite(y, ids)
         return q, ids
 
@@ -348,7 +281,6 @@ class Codebook(nn.Module):
         terms = self._terms(y, q, mask) if self.training and torch.is_grad_enabled() else None
         if not recomputing:
             self.terms = terms
-        if not recomputing:
             if self.count_when == "always" or (self.count_when == "train" and self.training):
                 with torch.no_grad():
                     self.usage.add(y, q, ids, mask)
@@ -369,13 +301,14 @@ class Codebook(nn.Module):
         return mask.bool()
 
     def _terms(self, y: Tensor, q: Tensor, mask: Tensor | None) -> SnapTerms:
-        def mean_square(difference: Tensor) -> Tensor:
-            if mask is None:
-                return difference.float().square().sum((-1, -2)).mean()
-            inside = difference.masked_fill(~mask.reshape(*difference.shape[:-2], 1, 1), 0.0)  # NaN * 0 would be NaN
-            return inside.float().square().sum() / mask.sum().clamp(min=1)
+        n_positions = y.shape[:-2].numel() if mask is None else mask.sum().clamp(min=1)
 
-        return SnapTerms(mean_square(q - y.detach()), mean_square(q.detach() - y), self.d_in)
+        def mean_square(difference: Tensor) -> Tensor:
+            if mask is not None:
+                difference = difference.masked_fill(~mask.reshape(*difference.shape[:-2], 1, 1), 0.0)  # NaN * 0 would be NaN
+            return difference.float().square().sum() / n_positions
+
+        return SnapTerms(mean_square(q - y.detach()), mean_square(q.detach() - y), self.d_in, n_positions)
 
     def encode(self, x: Float[Tensor, "*lead d_in"]) -> Int[Tensor, "*lead group k"]:
         """Return the ids of the chosen codes, most similar first."""

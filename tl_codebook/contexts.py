@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from tl_codebook.attachment import match_sites
-from tl_codebook.codebook import Usage
+from tl_codebook.usage import Usage
 
 __all__ = ["bypassed", "count_usage", "masked"]
 

@@ -58,7 +58,7 @@ def test_base_and_codes_both_move_at_their_own_rate(kind, tmp_path):
     assert [group["lr"] for group in groups] == [0.01, 0.001]
     assert {id(p) for p in groups[0]["params"]} == own
     assert not own & {id(p) for p in groups[1]["params"]}
-    assert {id(p) for group in groups for p in group["params"]} == {id(p) for p in model.parameters()}
+    assert {id(p) for group in groups for p in group["params"]} == {id(p) for p in model.parameters() if p.requires_grad}
     # The first step of Adam is as long as the learning rate wherever the gradient is not tiny.
     assert max(float((new - before[name]).abs().max()) for name, new in codes(model).items()) == pytest.approx(0.01, rel=1e-3)
     assert max(float((new - base[name]).abs().max()) for name, new in base_weights(model).items()) == pytest.approx(0.001, rel=1e-3)
@@ -78,13 +78,13 @@ def test_a_rate_of_zero_leaves_its_part_bit_for_bit(kind, tmp_path):
 
 def test_a_frozen_base_stays_bit_for_bit_and_codes_move(kind, tmp_path):
     model = with_books(kind)
-    base, before = base_weights(model), codes(model)
+    base, before, trained = base_weights(model), codes(model), [parameter.requires_grad for parameter in model.parameters()]
     trainer = trainer_of(model, tmp_path, CodebookTrainingConfig(freeze_base=True, init_iterations=2), weight_decay=0.1)
     trainer.train()
     assert len(trainer.optimizer.param_groups) == 1
     assert_equal(base_weights(model), base)
     assert all(not torch.equal(value, before[name]) for name, value in codes(model).items())
-    assert all(parameter.requires_grad for parameter in model.parameters())  # as it was before the run
+    assert [parameter.requires_grad for parameter in model.parameters()] == trained
 
 
 def test_what_the_user_froze_stays_frozen_and_routes_come_back(tmp_path):
@@ -242,6 +242,55 @@ def test_evaluation_metrics_by_hand(kind, tmp_path):
     assert metrics["eval_unexplained_variance"] == pytest.approx(sum(unexplained) / len(unexplained), rel=1e-4)
 
 
+def test_figures_of_every_site_where_they_are_asked_for(kind, tmp_path):
+    model = with_books(kind, n_codes=24)
+    data = [{"input_ids": row["input_ids"][:n], "attention_mask": [1] * n} for row, n in zip(rows(2, seed=3), (12, 5), strict=True)]
+    plain = trainer_of(model, tmp_path, NO_START, eval_dataset=data).evaluate()
+    assert not any(key.startswith("eval_codes/") for key in plain)
+    config = CodebookTrainingConfig(init="none", revive_every=0, log_sites=True)
+    metrics = trainer_of(model, tmp_path, config, eval_dataset=data).evaluate()
+    labels = {
+        f"L{layer}.{site}": f"blocks.{layer}.{hook}"
+        for layer in (0, 1)
+        for site, hook in (("z", "attn.hook_z"), ("mlp_out", "hook_mlp_out"))
+    }
+    wanted = {}
+    for label, name in labels.items():
+        x, q, book = [], [], tlc.sites(model)[name].codebook
+        for row in data:  # one by one, so that no padding is anywhere
+            with torch.no_grad():
+                cache = model.run_with_cache(torch.tensor([row["input_ids"]]))[1]
+            x.append(cache[f"{name}.hook_x"].reshape(-1, book.n_groups, book.d_group).double())
+            q.append(cache[name].reshape(-1, book.n_groups, book.d_group).double())
+        x, q, norms = torch.cat(x), torch.cat(q), book.codes.detach().norm(dim=-1)
+        wanted[label] = {
+            "mse": float((x - q).square().sum(-1).mean()),
+            "input_norm": float(x.norm(dim=-1).mean()),
+            "output_norm": float(q.norm(dim=-1).mean()),
+            "mean_code_norm": float(norms.mean()),
+            "max_code_norm": float(norms.max()),
+        }
+    wanted["all"] = {key: sum(site[key] for site in wanted.values()) / 4 for key in wanted["L0.z"]}
+    wanted["all"]["max_code_norm"] = max(wanted[label]["max_code_norm"] for label in labels)
+    got = {key: value for key, value in metrics.items() if key.startswith("eval_codes/")}
+    dead = [got.pop(f"eval_codes/{label}/dead_codes") for label in (*labels, "all")]
+    assert dead[-1] == metrics["eval_dead_codes"]
+    assert min(dead[:-1]) < dead[-1] < max(dead[:-1])
+    flat = {f"eval_codes/{label}/{key}": value for label, figures in wanted.items() for key, value in figures.items()}
+    assert got == pytest.approx(flat, rel=1e-4)
+
+
+def test_figures_of_codebooks_that_are_bypassed(tmp_path):
+    model = with_books(TRAINED[0])
+    config = CodebookTrainingConfig(init="none", revive_every=0, log_sites=True)
+    trainer = trainer_of(model, tmp_path, config, eval_dataset=rows(2))
+    with tlc.bypassed(model, "blocks.0.hook_mlp_out"):
+        metrics = trainer.evaluate()
+    assert {key.split("/")[1] for key in metrics if key.startswith("eval_codes/")} == {"L0.z", "L1.z", "L1.mlp_out", "all"}
+    with tlc.bypassed(model):
+        assert not any(key.startswith("eval_codes/") for key in trainer.evaluate())
+
+
 def test_evaluation_leaves_the_training_counts_alone(tmp_path):
     model = with_books(TRAINED[0])
     trainer = trainer_of(model, tmp_path, eval_dataset=rows(4), eval_strategy="steps", eval_steps=1, max_steps=2)
@@ -298,6 +347,7 @@ def test_a_batch_larger_than_the_data_warns_and_trains(tmp_path):
 @pytest.mark.parametrize("after", [0, 2])
 def test_nan_at_a_codebook_names_site_and_step(kind, tmp_path, after):
     model = with_books(kind, "mlp_out")
+    trained = [parameter.requires_grad for parameter in model.parameters()]
 
     def poison(optimizer=None):
         with torch.no_grad():
@@ -309,7 +359,7 @@ def test_nan_at_a_codebook_names_site_and_step(kind, tmp_path, after):
         poison()
     with pytest.raises(NonFiniteError, match=rf"^step {after + 1}: {MLP}: .* hold NaN or Inf.*checkpoint is untouched"):
         trainer.train()
-    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert [parameter.requires_grad for parameter in model.parameters()] == trained
 
 
 def test_a_loss_that_becomes_nan_past_the_codebooks_stops_the_run_too(tmp_path):

@@ -12,6 +12,7 @@ from tests.tiny import make_native_bridge
 from tl_codebook.attachment import attach
 from tl_codebook.codebook import Codebook
 from tl_codebook.names import Address
+from tl_codebook.training import CodebookTrainingConfig, codebook_loss
 
 SNAPS = ["ip_d8_c20_k1", "ip_d32_c50_k5", "ip_single_token", "euclidean_d32_c50_k5", "group_ip_d32_g4_c50_k8", "group_ip_g1"]
 LOSSES = ["base", "aeloss", "fullaeloss", "fullaeloss-0.7", "vqvae", "vqvae-1.0"]
@@ -38,21 +39,13 @@ def test_snap(case):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_gradients(case, loss):
-    """The original adds its losses to the gradients in its backward pass; here they are terms of the loss.
-
-    Its reconstruction is ours, a mean over positions. Its commitment is a sum over positions: weight b there is b * positions here.
-    """
+    """The original adds its losses to the gradients in its backward pass; here they are terms of the loss."""
     assert loss in case.spec["losses"]
+    config = CodebookTrainingConfig.original(loss)
     book, data = book_of(case).train(), case.data
     x = data["x"].clone().requires_grad_()
-    kind, _, weight = loss.partition("-")
-    n_positions = x.shape[:-1].numel()
-    book.lm_gradient_to_codes = kind != "vqvae"
-    objective = (book(x) * data["upstream"]).sum()
-    if kind != "base":
-        objective = objective + book.terms.reconstruction
-    if kind in ("fullaeloss", "vqvae"):
-        objective = objective + float(weight or 0.25) * n_positions * book.terms.commitment
+    book.lm_gradient_to_codes = config.lm_gradient_to_codes
+    objective = (book(x) * data["upstream"]).sum() + codebook_loss([book], config)
     objective.backward()
     got = {"x": x.grad} | {name: parameter.grad for name, parameter in book.named_parameters()}
     want = {"x": data[f"grad/{loss}/x"]} | parameters(data, f"grad/{loss}/", book.n_groups)
@@ -66,15 +59,14 @@ def test_running_totals(shared, name):
     """The totals after each of three forward passes.
 
     By design we count activations, where the original counts forward passes in which a code fired; so its counts are those of our passes
-    with any activation, added up. Its ``most_common_counts`` follows from them and is not compared. Norms are no running total here: they
-    are the means over positions of the inputs and outputs that ``keep_inputs`` shows. Its `counts[-1]` would credit empty slots to the last
-    code; no step of these cases has one, and we do not count them at all.
+    with any activation, added up. Its ``most_common_counts`` follows from them and is not compared. Its `counts[-1]` would credit empty
+    slots to the last code; no step of these cases has one, and we do not count them at all.
     """
     case = read_case(shared, f"layer/{name}")
     assert case.spec["blocked"] is False
     book = book_of(case).eval()
-    book.count_when, book.keep_inputs = "always", True
-    passes, before, inputs, outputs = torch.zeros_like(book.usage.counts), book.usage.counts.clone(), [], []
+    book.count_when = "always"
+    passes, before = torch.zeros_like(book.usage.counts), book.usage.counts.clone()
     for step in case.spec["steps"]:
         x = case.data[f"x{step['step']}"]
         ids = stacked(case.data, f"{step['step']}/ids/cb", book.n_groups)
@@ -84,12 +76,10 @@ def test_running_totals(shared, name):
         fired = book.usage.counts - before
         passes, before = passes + (fired > 0), book.usage.counts.clone()
         assert fired.tolist() == [torch.bincount(ids[:, :, group].flatten(), minlength=book.n_codes).tolist() for group in range(2)]
-        inputs.append(book.last_inputs[0])
-        outputs.append(book.last_inputs[1])
         of_group = {
-            "reconstruction_mse": (book.usage.error / book.usage.n_vectors).float(),
-            "input_norm": torch.cat(inputs).norm(dim=-1).mean(0),
-            "output_norm": torch.cat(outputs).norm(dim=-1).mean(0),
+            "reconstruction_mse": book.usage.error / book.usage.n_vectors,
+            "input_norm": book.usage.input_norms / book.usage.n_vectors,
+            "output_norm": book.usage.output_norms / book.usage.n_vectors,
         }
         for group, want in enumerate(step["per_codebook"]):
             assert int(book.usage.n_vectors) == want["tokens_processed"]

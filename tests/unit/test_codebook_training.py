@@ -9,8 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.unit.test_codebook import ALL_CONFIGS, make_book, normal
 from tl_codebook import Codebook, CodebookConfig
-from tl_codebook.codebook import Usage
 from tl_codebook.errors import ShapeError
+from tl_codebook.usage import Usage
 
 MASK = torch.tensor([[False, True, True, True], [False, False, True, True], [True, True, True, True]])
 
@@ -32,6 +32,7 @@ def test_loss_terms(config, masked):
     reconstruction = ((q - y.detach()).square().sum((-1, -2)) * keep).sum() / keep.sum()
     commitment = ((q.detach() - y).square().sum((-1, -2)) * keep).sum() / keep.sum()
     assert book.terms.d_in == 8
+    assert int(book.terms.n_positions) == int(keep.sum())
     torch.testing.assert_close(book.terms.reconstruction, reconstruction)
     torch.testing.assert_close(book.terms.commitment, commitment)
     inputs = [x, *book.parameters()]
@@ -154,7 +155,7 @@ def test_usage_counts_activations():
     assert torch.equal(book.usage.counts, 2 * expected)
     book.usage.reset()
     assert all(not tensor.any() for tensor in book.usage.tensors().values())
-    assert set(book.usage.tensors()) == {"counts", "n_vectors", "error", "total", "square"}
+    assert set(book.usage.tensors()) == {"counts", "n_vectors", "error", "total", "square", "input_norms", "output_norms"}
 
 
 def test_usage_leaves_out_padding_and_empty_slots():
@@ -166,6 +167,8 @@ def test_usage_leaves_out_padding_and_empty_slots():
     assert int(book.usage.n_vectors) == int(MASK.sum()) == 9
     y, q = parts(book, x)
     torch.testing.assert_close(book.usage.error, (q - y)[MASK].double().square().sum(-1).sum(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(book.usage.input_norms, y[MASK].detach().double().norm(dim=-1).sum(0))
+    torch.testing.assert_close(book.usage.output_norms, q[MASK].detach().double().norm(dim=-1).sum(0))
     book.usage.reset()
     book.token_mask = None
     book.emit(book.grouped(x[:1, :2]), torch.tensor([[[[1, -1, 1], [8, -2, 0]], [[1, -1, -1], [-2, -2, -2]]]]))

@@ -29,6 +29,13 @@ BAD = [
     ("revive_until", -0.1),
     ("revive_until", math.nan),
     ("init", "zeros"),
+    ("commitment_over_positions", "max"),
+    ("k_start", 0),
+    ("k_start", 2.0),
+    ("k_decay_steps", 0),
+    ("k_decay_steps", True),
+    ("k_decay_power", 0.0),
+    ("k_decay_power", math.nan),
 ]
 
 
@@ -39,7 +46,7 @@ def test_settings_that_cannot_be(name, value):
         CodebookTrainingConfig(**{name: value})
 
 
-@pytest.mark.parametrize("name", ["freeze_base", "per_dimension", "lm_gradient_to_codes"])
+@pytest.mark.parametrize("name", ["freeze_base", "per_dimension", "lm_gradient_to_codes", "log_sites"])
 @pytest.mark.usefixtures("unchecked")
 def test_switches_are_true_or_false(name):
     """A YAML file's "no" is a string, and every string is true."""
@@ -56,6 +63,42 @@ def test_defaults_and_paper():
     assert CodebookTrainingConfig(**default.to_dict()) == default
     with pytest.raises(dataclasses.FrozenInstanceError):
         default.init = "none"
+
+
+def test_the_paper_is_a_loss_of_the_original():
+    assert CodebookTrainingConfig.paper() == CodebookTrainingConfig.original("aeloss")
+
+
+LOSSES = {  # weights of reconstruction and commitment, and whether the language model moves the codes
+    "base": (0.0, 0.0, True),
+    "aeloss": (1.0, 0.0, True),
+    "fullaeloss": (1.0, 0.25, True),
+    "fullaeloss-0": (1.0, 0.0, True),
+    "fullaeloss-1e-3": (1.0, 1e-3, True),
+    "vqvae": (1.0, 0.25, False),
+    "vqvae-.5": (1.0, 0.5, False),
+    "vqvae-2.": (1.0, 2.0, False),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses_of_the_original(loss):
+    config = CodebookTrainingConfig.original(loss, codes_learning_rate=0.5)
+    assert (config.reconstruction, config.commitment, config.lm_gradient_to_codes) == LOSSES[loss]
+    assert (config.commitment_over_positions, config.per_dimension, config.init, config.codes_learning_rate) == ("sum", False, "none", 0.5)
+
+
+@pytest.mark.parametrize(
+    "loss", ["", "mse", "Base", "fullaeloss-", "vqvae--1", "vqvae-nan", "vqvae-inf", "vqvae-0.5-1", "aeloss-0.3", "base-", "vqvae "]
+)
+def test_losses_that_the_original_has_not(loss):
+    with pytest.raises(ConfigError, match=r"is none of the original's\. Give 'base', 'aeloss', 'vqvae' or 'fullaeloss'"):
+        CodebookTrainingConfig.original(loss)
+
+
+def test_a_weight_too_large_to_be_a_number():
+    with pytest.raises(ConfigError, match="commitment=inf"):
+        CodebookTrainingConfig.original("vqvae-1e999")
 
 
 # --- the codebooks' terms ---
@@ -77,6 +120,16 @@ def test_codebook_loss_by_hand(per_dimension, expected):
     assert codebook_loss(books, config).item() == pytest.approx(expected)
     only = CodebookTrainingConfig(reconstruction=0.0, commitment=0.5, per_dimension=per_dimension)
     assert codebook_loss(books, only).item() == pytest.approx(expected / 3)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_commitment_summed_over_positions(masked):
+    book = book_with_terms(4, 2.0)
+    if masked:
+        book.token_mask = torch.tensor([True, False, True])
+        book(torch.zeros(3, 4, requires_grad=True))
+    config = CodebookTrainingConfig(reconstruction=1.0, commitment=0.5, per_dimension=False, commitment_over_positions="sum")
+    assert codebook_loss([book], config).item() == pytest.approx(4 * 4 + 0.5 * (2 if masked else 3) * 4 * 4)
 
 
 def test_codebook_loss_without_terms():
@@ -129,7 +182,7 @@ def test_in_training_the_terms_of_the_codebooks_are_part_of_it(model):
     total, count, _ = by_hand(model, ROWS)
     loss = LanguageModel(model, config).train()(**collate(ROWS))["loss"]
     books = [point.codebook for point in tlc.sites(model).values()]
-    extra = sum(float(2.0 * book.terms.reconstruction + 0.5 * book.terms.commitment) / book.d_in for book in books)
+    extra = sum((2.0 * book.terms.reconstruction + 0.5 * book.terms.commitment).item() / book.d_in for book in books)
     assert extra > 0.01
     assert loss.item() == pytest.approx(total / count + extra, rel=1e-5)
 
@@ -177,15 +230,14 @@ def test_without_labels_there_are_logits_alone(model):
 
 
 def test_parameter_groups(model):
-    frozen = next(p for name, p in model.named_parameters() if ".codebook." not in name)
-    frozen.requires_grad_(False)
+    next(p for name, p in model.named_parameters() if ".codebook." not in name).requires_grad_(False)
     own, base = parameter_groups(model, codes_learning_rate=0.1, learning_rate=0.2, weight_decay=0.3)
     books = [p for point in tlc.sites(model).values() for p in point.codebook.parameters()]
     assert [id(p) for p in own["params"]] == [id(p) for p in books]
     assert (own["lr"], own["weight_decay"], base["lr"], base["weight_decay"]) == (0.1, 0.0, 0.2, 0.3)
     everything = [id(p) for p in own["params"] + base["params"]]
     assert len(everything) == len(set(everything))
-    assert set(everything) == {id(p) for p in model.parameters()} - {id(frozen)}
+    assert set(everything) == {id(p) for p in model.parameters() if p.requires_grad}
     for p in base["params"]:
         p.requires_grad_(False)
     assert len(parameter_groups(model, codes_learning_rate=0.1, learning_rate=0.2)) == 1

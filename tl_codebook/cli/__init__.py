@@ -13,6 +13,7 @@ __all__ = ["VERBS", "main"]
 
 VERBS = {
     "train": "Attach codebooks to a language model, train them, and report what they cost.",
+    "convert": "Bring in a checkpoint of codebook-features, or take a trained model back to Hugging Face.",
     "bench": "Measure what a snap costs on this machine, beside the plain ways to write it.",
 }
 

@@ -18,12 +18,12 @@ class Layout:
     """The list of blocks, from the language model down."""
     attn: str
     attn_out: str
-    """The projection of the heads to the residual stream, under `attn`: its input is z."""
+    """The projection of the heads to the residual stream, under `attn`: its input is z, its output attn_out."""
     qkv: tuple[str, ...]
     """One fused projection, or those of q, k and v, under `attn`."""
     mlp: str
     mlp_out: str
-    """The projection of the hidden layer to the residual stream, under `mlp`: its input is post."""
+    """The projection of the hidden layer to the residual stream, under `mlp`: its input is post, its output mlp_out."""
     fused: Literal["qkv head d_head", "head qkv d_head"] | None = None
     """The axes that the output of one fused projection has."""
 

@@ -36,7 +36,8 @@ def codebook_loss(books: Iterable[Codebook], config: CodebookTrainingConfig) -> 
                 "gradient checkpointing, which keeps no graph. Call model.train(), or checkpoint with use_reentrant=False."
             )
         scale = 1.0 / book.d_in if config.per_dimension else 1.0
-        total = total + scale * (config.reconstruction * book.terms.reconstruction + config.commitment * book.terms.commitment)
+        commitment = book.terms.commitment * (book.terms.n_positions if config.commitment_over_positions == "sum" else 1)
+        total = total + scale * (config.reconstruction * book.terms.reconstruction + config.commitment * commitment)
     return total if isinstance(total, Tensor) else torch.tensor(total)
 
 

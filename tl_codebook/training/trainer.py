@@ -1,8 +1,8 @@
 """`CodebookTrainer`: Hugging Face's `Trainer` for a TransformerLens host with codebooks.
 
 What `Trainer` brings (progress bar, resume, `report_to`, accelerate, DDP) stays as it is. Added: codes from k-means before the first
-step, the codebooks' loss terms, their own learning rate, revival of dead codes, checkpoints that `tl_codebook.load` reads, and metrics of
-the codes.
+step, the codebooks' loss terms, their own learning rate, revival of dead codes, a k schedule, checkpoints that `tl_codebook.load` reads,
+and metrics of the codes.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from tl_codebook.training.data import collate
 from tl_codebook.training.host_trainer import HostTrainer
 from tl_codebook.training.initialisation import initialise_codes_
 from tl_codebook.training.losses import parameter_groups
-from tl_codebook.training.metrics import summarise_codes
+from tl_codebook.training.metrics import site_figures, summarise_codes
 from tl_codebook.training.revival import Reviver
+from tl_codebook.training.schedule import KSchedule
+from tl_codebook.usage import Usage
 
 __all__ = ["CodebookTrainer"]
 
@@ -50,6 +52,7 @@ class CodebookTrainer(HostTrainer):
         TrainingError: the model has no codebooks, or the arguments ask for what does not work with them (FSDP, DeepSpeed).
         CheckpointError: the output directory cannot be written to, before anything is trained.
         DataError: an empty or wrong dataset, before anything is trained.
+        ConfigError: a `k_start` that a codebook cannot have, before anything is trained.
 
     Source: Tamkin et al. 2023, section 2; initialisation and revival as listed in `tl_codebook.training.config`.
 
@@ -78,6 +81,7 @@ class CodebookTrainer(HostTrainer):
         if not sites(hosts.as_host(model)):
             raise TrainingError("the model has no codebooks to train. Call attach(model, sites=..., n_codes=...) first.")
         super().__init__(model, args, train_dataset, eval_dataset, config=self.training_config, context_length=context_length, **kwargs)
+        self.k_schedule = KSchedule(self.hooked, self.training_config)
         self.reviver: Reviver | None = None
         self.add_callback(_CodebookCallback(self))
 
@@ -111,6 +115,7 @@ class CodebookTrainer(HostTrainer):
                 book.lm_gradient_to_codes = self.training_config.lm_gradient_to_codes
             if not resume_from_checkpoint:
                 self.start_codes()
+            self.k_schedule = KSchedule(self.hooked, self.training_config)  # of the codebooks that are here now
             self.reviver = Reviver(self.hooked, self._gather_rows, seed=self.args.seed)
             result = super().train(resume_from_checkpoint, *args, **kwargs)
         except NonFiniteError as error:
@@ -120,6 +125,7 @@ class CodebookTrainer(HostTrainer):
                 parameter.requires_grad_(required)
             for book, route in routes:
                 book.lm_gradient_to_codes = route
+            self.k_schedule.restore()
             if self.reviver is not None:
                 self.reviver.watch(False)
         for book in books:
@@ -183,8 +189,22 @@ class CodebookTrainer(HostTrainer):
         with count_usage(self.hooked) as usages:
             output = super().evaluation_loop(*args, **kwargs)
             prefix = kwargs.get("metric_key_prefix", "eval")
-            (output.metrics or {}).update({f"{prefix}_{key}": value for key, value in summarise_codes(usages, self._summed).items()})
+            (output.metrics or {}).update({f"{prefix}_{key}": value for key, value in self._figures(usages).items()})
         return output
+
+    def _figures(self, usages: dict[str, Usage]) -> dict[str, float]:
+        figures = summarise_codes(usages, self._summed)
+        if self.training_config.log_sites:
+            books = {name: point.codebook for name, point in sites(self.hooked).items()}
+            for site, values in site_figures(usages, books, self._summed).items():
+                figures |= {f"codes/{site}/{key}": value for key, value in values.items()}
+        return figures
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log as `Trainer` does, and beside the loss of a step the number of codes that it chose, where a schedule sets it."""
+        if "loss" in logs:
+            logs |= self.k_schedule.figures(self.state.global_step - 1)
+        super().log(logs, *args, **kwargs)
 
     def _summed(self, tensor: Tensor) -> Tensor:
         return tensor if self.accelerator.num_processes == 1 else self.accelerator.reduce(tensor.to(self.args.device), "sum")
@@ -226,7 +246,7 @@ class CodebookTrainer(HostTrainer):
     def _run(self) -> dict[str, Any]:
         """Describe what a resumed run must share with the one that it continues."""
         return {
-            "config": self.training_config.to_dict(),
+            "config": {name: value for name, value in self.training_config.to_dict().items() if name != "log_sites"},
             "data": _digest(self.train_dataset),
             "rows": len(self.train_dataset) if self.train_dataset is not None else 0,  # type: ignore[arg-type]
             "seed": self.args.seed,
@@ -272,7 +292,7 @@ def _digest(data: Any, n_rows: int = 256) -> str | None:
 
 
 class _CodebookCallback(TrainerCallback):
-    """Revives dead codes after a step."""
+    """Sets the k of a step, and revives dead codes after it."""
 
     def __init__(self, trainer: CodebookTrainer):
         self.trainer = trainer
@@ -282,10 +302,12 @@ class _CodebookCallback(TrainerCallback):
         return bool(every) and step % every == 0 and step <= self.trainer.training_config.revive_until * max_steps
 
     def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.k_schedule.set_(state.global_step)
         if self.trainer.reviver is not None and self._due(args, state.global_step + 1, state.max_steps):
             self.trainer.reviver.watch(True)
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.k_schedule.restore()  # an evaluation or a checkpoint that follows is of the codebooks' own k
         if self.trainer.reviver is not None and self._due(args, state.global_step, state.max_steps):
             optimizer = kwargs.get("optimizer")
             self.trainer.reviver.revive_(state.global_step, getattr(optimizer, "optimizer", optimizer))

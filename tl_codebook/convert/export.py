@@ -1,0 +1,182 @@
+"""The way back: a host as an ordinary Hugging Face folder, with its codes beside the weights.
+
+The folder is built and proven under another name and then takes its place in one step, so a process killed at any moment leaves what was
+there before, or the new folder, complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import ctypes
+import os
+import re
+import secrets
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from tl_codebook import files, hosts
+from tl_codebook.attachment import sites
+from tl_codebook.checkpoint import MANIFEST, Codebooks
+from tl_codebook.convert.back_to_hf import hf_model_of
+from tl_codebook.convert.inside import refuse_sites
+from tl_codebook.convert.proof import Agreement, compare_with_hf
+from tl_codebook.errors import CheckpointError, CheckpointExistsError
+
+__all__ = ["export_hf"]
+
+_EXPORTED = re.compile(
+    r"(generation_)?config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|tl_codebook\.json|"
+    r"codes\.[0-9a-f]+\.safetensors|tokenizer.*\.(json|model)|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|"
+    r"chat_template\.(jinja|json)"
+)
+"""Names of files that an export may have written: with others beside them, a folder is not replaced."""
+
+
+def export_hf(model: Any, folder: str | Path, *, overwrite: bool = False) -> Agreement:
+    """Write the base as an ordinary Hugging Face folder with the tokenizer and the codes beside it, proven before it is put there.
+
+    ``AutoModelForCausalLM.from_pretrained(folder)`` reads the base, ``Codebooks.from_pretrained(folder)`` the codes, and
+    ``attach_hf(hf_model, folder)`` brings both together without TransformerLens. The folder is loaded again and compared with the host,
+    with codebooks and without; what differs is not written. Returns how far the two agree.
+
+    Args:
+        model: A host with or without codebooks: gpt2, gpt_neox, gpt_neo, llama, mistral or qwen2, its weights not processed.
+        folder: Where to; it must be empty or new unless `overwrite`.
+        overwrite: Replace an earlier export. A folder that holds other things is never replaced.
+
+    Raises:
+        CheckpointExistsError: the folder is not empty, or holds what no export wrote.
+        CheckpointError: processed weights, weights that Hugging Face has no place for (named), logits that differ, a full disk.
+        UnknownHookError: a codebook where no hook of Hugging Face reaches (resid_mid).
+        ConfigError: an architecture that is not in the table.
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> from tl_codebook import attach, load_hf
+    >>> model = load_hf(GPT2LMHeadModel(GPT2Config(vocab_size=61, n_positions=48, n_embd=32, n_layer=2, n_head=4)))
+    >>> _ = attach(model, "mlp_out", n_codes=16, k=2)
+    >>> export_hf(model, tmp_path / "exported").ids
+    1.0
+    >>> sorted(path.name.partition(".")[0] for path in (tmp_path / "exported").iterdir())
+    ['codes', 'config', 'generation_config', 'model', 'tl_codebook']
+    """
+    model = hosts.as_host(model)
+    refuse_sites(sites(model))
+    target = _replaceable(Path(folder), overwrite=overwrite)
+    hf_model = hf_model_of(model)
+    if hosts.is_bridge(model) and getattr(model.original_model, "generation_config", None) is not None:
+        hf_model.generation_config = copy.deepcopy(model.original_model.generation_config)
+    staging = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        _write(model, hf_model, staging)
+        del hf_model
+        agreement = _prove(model, staging)
+        _sync(staging)
+        _put_in_place(staging, target)
+        return agreement
+    except OSError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{target} could not be written ({error.strerror or error}). What was there before is untouched; free space or choose another "
+            "folder."
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _replaceable(folder: Path, *, overwrite: bool) -> Path:
+    """Refuse a target before any work is done for it; return where it is in truth (a link to a folder stays a link)."""
+    target = folder.resolve()
+    files.check_writable(target.parent, overwrite=True)
+    _recover(target)
+    if target.exists() and not target.is_dir():
+        raise CheckpointExistsError(f"{folder} is a file. Choose another folder.")
+    content = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
+    if content and not overwrite:
+        raise CheckpointExistsError(f"{folder} exists and is not empty. Choose another folder, or say overwrite=True.")
+    foreign = [name for name in content if not _EXPORTED.fullmatch(name)]
+    if foreign:
+        raise CheckpointExistsError(
+            f"{folder} holds {', '.join(map(repr, foreign[:5]))}{' and others' if len(foreign) > 5 else ''}, which no export wrote and "
+            "replacing the folder would delete. Choose another folder, or move them away."
+        )
+    return target
+
+
+def _write(model: Any, hf_model: Any, staging: Path) -> None:
+    staging.mkdir()
+    try:
+        hf_model.save_pretrained(staging)
+        tokenizer = getattr(model, "tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+        if sites(model):
+            Codebooks.of(model).save_pretrained(staging, overwrite=True)
+    except (CheckpointError, OSError):
+        raise
+    except Exception as error:
+        if type(error).__module__.startswith("safetensors"):
+            raise CheckpointError(f"the weights could not be written ({error}). What was there before is untouched.") from error
+        raise
+
+
+def _prove(model: Any, staging: Path) -> Agreement:
+    """Load what was written and compare it with the host."""
+    from transformers import AutoModelForCausalLM
+
+    device = hosts.home_device(model, "hook_embed")
+    hf_model: Any = AutoModelForCausalLM.from_pretrained(str(staging), local_files_only=True, trust_remote_code=False)
+    return compare_with_hf(model, hf_model.to(device).eval(), staging if (staging / MANIFEST).is_file() else None)
+
+
+def _sync(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_file() or os.name == "posix":  # only POSIX opens folders
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.before")
+
+
+def _recover(target: Path) -> None:
+    """Bring back what a process killed in the middle of `_put_in_place` had set aside."""
+    if _aside(target).is_dir():
+        if target.exists():
+            shutil.rmtree(_aside(target), ignore_errors=True)
+        else:
+            os.rename(_aside(target), target)
+
+
+def _put_in_place(staging: Path, target: Path) -> None:
+    """Give the new folder the name of the old one, and remove the old one."""
+    if not target.exists():
+        os.rename(staging, target)
+    elif _exchange(staging, target):
+        shutil.rmtree(staging, ignore_errors=True)
+    else:  # no exchange in one step here: between two renames the old folder has the name that `_recover` looks for
+        os.rename(target, _aside(target))
+        try:
+            os.rename(staging, target)
+        except BaseException:
+            os.rename(_aside(target), target)
+            raise
+        shutil.rmtree(_aside(target), ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two folders in one step, where the system can (Linux)."""
+    if not sys.platform.startswith("linux"):
+        return False
+    with contextlib.suppress(AttributeError, OSError):
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+        here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+        return bool(rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
+    return False
