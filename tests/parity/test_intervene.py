@@ -11,11 +11,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.parity.golden import (
-    MODULES,
     SITES,
     Case,
     Hook,
@@ -24,16 +22,13 @@ from tests.parity.golden import (
     at_group,
     edit_hook,
     option_hooks,
-    paper_book,
-    parameters,
     place_of,
     read_case,
 )
 from tests.tiny import HOSTS
-from tl_codebook.attachment import attach
-from tl_codebook.convert.huggingface import load_hf
+from tl_codebook.convert.codebook_features import load_codebook_features
 from tl_codebook.interventions import force_code
-from tl_codebook.names import Address, codes_hook, hook_name
+from tl_codebook.names import Address, codes_hook
 from tl_codebook.steering import steer
 
 GROUPED = ["neox__attn_preproj_k8", "neox__attn_preproj+mlp_k3_k2"]
@@ -102,19 +97,8 @@ class Hooked(NamedTuple):
 def hooked(request, shared):
     host, _, name = request.param.partition("-")
     case = read_case(shared, f"intervene/{name}")
-    base, config = case.spec["base"], case.spec["config_kwargs"]
-    model = load_hf(shared(f"golden/bases/{base}"), host=host)
-    weights = load_file(case.folder / "checkpoint/model.safetensors")
-    parts = zip(*(value if isinstance(value, list) else [value] for value in (config["codebook_at"], config["k_codebook"])), strict=True)
-    books = {
-        hook_name(layer, SITES[site]): paper_book(
-            parameters(weights, MODULES[base, site].format(layer=layer), 4 if site == "attn_preproj" else 1), k, config["similarity_metric"]
-        )
-        for site, k in parts
-        for layer in range(2)
-    }
-    attach(model, books)
-    return Hooked(case, model.eval(), case.data["input_ids"])
+    model, _ = load_codebook_features(case.folder / "checkpoint", shared(f"golden/bases/{case.spec['base']}"), host)
+    return Hooked(case, model, case.data["input_ids"])
 
 
 def options_of(steps: list[Any], places: list[Address]) -> dict[Address, dict[str, Any]]:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from tests.parity.golden import MODULES, paper_book, parameters, read_case
+from tests.parity.golden import read_case
 from tests.tiny import HOSTS
-from tl_codebook.attachment import attach
 from tl_codebook.contexts import count_usage
-from tl_codebook.convert.huggingface import load_hf
-from tl_codebook.names import hook_name
+from tl_codebook.convert.codebook_features import load_codebook_features
 from tl_codebook.training import site_figures
 
 FIGURES = {
@@ -34,16 +31,7 @@ def test_logged_figures(shared, host, n_passes):
     case = read_case(shared, "metrics/trainer_log__gpt2__mlp_k5")
     wrap = read_case(shared, "wrap/gpt2__mlp_k5")
     assert case.spec["checkpoint"].endswith("wrap/gpt2__mlp_k5/checkpoint")
-    model = load_hf(shared("golden/bases/gpt2"), host=host)
-    saved = load_file(wrap.folder / "checkpoint/model.safetensors")
-    kwargs = wrap.spec["config_kwargs"]
-    books = {
-        hook_name(layer, "mlp_out"): paper_book(
-            parameters(saved, MODULES["gpt2", "mlp"].format(layer=layer), 1), kwargs["k_codebook"], kwargs["similarity_metric"]
-        )
-        for layer in range(2)
-    }
-    books = attach(model, books)
+    model, books = load_codebook_features(wrap.folder / "checkpoint", shared("golden/bases/gpt2"), host)
     with count_usage(model) as usages, torch.no_grad():
         for index in range(n_passes):
             model(case.data[f"batch{index}"])

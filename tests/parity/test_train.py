@@ -10,11 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from tests.parity.golden import MODULES, assert_floats, paper_book, parameters, read_case
-from tl_codebook.attachment import attach
-from tl_codebook.convert.huggingface import load_hf
+from tests.parity.golden import assert_floats, read_case
+from tl_codebook.convert.codebook_features import load_codebook_features
 from tl_codebook.names import hook_name
 from tl_codebook.training import CodebookTrainingConfig, parameter_groups
 from tl_codebook.training.losses import LanguageModel
@@ -30,18 +28,7 @@ def case(shared):
 def untrained(case: Any, shared: Any) -> tuple[Any, Any]:
     """The base with the codebooks of the case, and the tokens for the logits after training."""
     wrap = read_case(shared, "wrap/gpt2__mlp_k5")
-    model = load_hf(shared("golden/bases/gpt2"), host="bridge")
-    saved = load_file(wrap.folder / "checkpoint/model.safetensors")
-    k, similarity = case.spec["config_kwargs"]["k_codebook"], case.spec["config_kwargs"]["similarity_metric"]
-    books = {
-        hook_name(layer, "mlp_out"): paper_book(parameters(saved, MODULES["gpt2", "mlp"].format(layer=layer), 1), k, similarity)
-        for layer in range(2)
-    }
-    attach(model, books)
-    for name, parameter in model.named_parameters():
-        if "lm_head" in name and name.endswith("bias"):  # the Bridge of TransformerLens 3.9 adds one, which GPT-2 does not have
-            assert not parameter.any()
-            parameter.requires_grad_(False)
+    model, _ = load_codebook_features(wrap.folder / "checkpoint", shared("golden/bases/gpt2"), "bridge")
     return model.train(), wrap.data["input_ids"]
 
 

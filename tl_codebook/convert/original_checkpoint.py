@@ -161,7 +161,8 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise CheckpointError(f"{path} ({size} bytes) is incomplete or damaged ({error}). Copy it again.") from error
     except Exception as error:  # what a damaged or hostile pickle raises is not one class
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it names {named[1]}" if named else type(error).__name__  # torch's own advice is how to run it all the same
         raise CheckpointError(
             f"{path} ({size} bytes) is no file of tensors alone: it is damaged, or holds objects that could run code ({reason}). Nothing "
             "of it was run. Copy it again, or have its owner save it with safe_serialization=True."
