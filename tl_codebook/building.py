@@ -32,7 +32,19 @@ def hooked_from_config(cfg: Any, tokenizer: Any) -> Any:
         from transformer_lens import HookedTransformerConfig
 
         cfg = HookedTransformerConfig.from_dict(cfg)
-    return hooked(cfg, tokenizer, move_to_device=False)
+    return _round_as_hugging_face(hooked(cfg, tokenizer, move_to_device=False))
+
+
+def _round_as_hugging_face(model: Any) -> Any:
+    """Recompute plain rotary tables with Hugging Face's rounding of angles: by position 2000 the difference moves logits by 3e-4."""
+    cfg = model.cfg
+    other = cfg.use_NTK_by_parts_rope or cfg.use_yarn_rope or cfg.use_dynamic_ntk_rope or cfg.rotary_adjacent_pairs or cfg.rotary_base_local
+    for attn in (block.attn for block in model.blocks if cfg.positional_embedding_type == "rotary" and not other):
+        step = 1.0 / cfg.rotary_base ** (torch.arange(0, cfg.rotary_dim, 2).float() / cfg.rotary_dim)
+        step = step if attn.attn_type == "local" else step / cfg.rotary_scaling_factor
+        angles = torch.arange(len(attn.rotary_sin)).float()[:, None] * step.repeat(2)
+        attn.rotary_sin.copy_(angles.sin()), attn.rotary_cos.copy_(angles.cos())
+    return model
 
 
 def bridge_around(hf_model: Any, tokenizer: Any, source: str | None = None) -> Any:

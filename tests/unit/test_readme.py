@@ -35,6 +35,18 @@ def test_the_code_runs(tmp_path, monkeypatch):
     assert torch.isfinite(names["logits"]).all()
 
 
+def test_the_code_for_models_from_elsewhere_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_hf_folder(tmp_path / "base", "llama")
+    case = README.parent / "tests" / "parity" / "cases" / "gpt2_heads_and_mlp"
+    code = blocks("python")[1].replace("path/to/a/huggingface/model", "base")
+    code = code.replace("path/to/a/checkpoint", str(case / "checkpoint")).replace("path/to/the/base", str(case / "base"))
+    names = {"tlc": tlc, "torch": torch}
+    exec(compile(code, "README.md", "exec"), names)
+    assert set(names["books"]) == {f"blocks.{i}.{site}" for i in range(2) for site in ("attn.hook_z", "hook_mlp_out")}
+    assert names["inside"].ids["blocks.0.hook_mlp_out"].shape == (1, 1, 2)  # the last of five steps with a KV cache
+
+
 def test_the_install_commands_name_files_that_are_there():
     commands = "\n".join(blocks("bash"))
     for name in re.findall(r"-c (\S+)", commands):
