@@ -11,13 +11,16 @@ from transformer_lens.hook_points import HookPoint
 
 from tl_codebook import hosts
 from tl_codebook.codebook import Codebook, CodebookConfig
-from tl_codebook.errors import AttachError, ConfigError, HookNeverFiredError, ShapeError, UnknownHookError, nearest
+from tl_codebook.errors import AttachError, BasisMismatchError, ConfigError, HookNeverFiredError, ShapeError, UnknownHookError, nearest
 from tl_codebook.names import CODES, HEAD_SITES, INPUT, SITES, Address, split_hook_name
 from tl_codebook.points import CodebookPoint, RelayPoint
 
 __all__ = ["attach", "detach", "match_sites", "refresh", "sites"]
 
 Books = Mapping[str, Codebook | CodebookConfig]
+
+_UNPLACED = "_taken_from_an_offset"
+"""Attribute of a codebook that was detached where an offset held it: without its basis nobody knows whether the next model needs one."""
 
 
 def attach(
@@ -48,6 +51,7 @@ def attach(
         AttachError: the hook point holds a codebook or something else already, or two names mean one hook point.
         HookNeverFiredError: a hook point that exists and never fires.
         ConfigError, ShapeError: a codebook that does not fit.
+        BasisMismatchError: `Codebooks` trained on weights processed otherwise (where only value biases were folded they are made to fit).
 
     Source: Tamkin et al. 2023, section 2 (where codebooks sit).
 
@@ -75,21 +79,24 @@ def attach(
             known = ["similarity", "selection", "input_norm", "reduce"]
             raise ConfigError(f"attach has no option {unknown[0]!r}. {nearest(unknown[0], known)}Options: {' '.join(known)}.") from None
         wanted = dict.fromkeys(hosts.resolve_sites(model, sites, layers), settings)
-    if getattr(sites, "basis", None) is not None:
-        sites.basis.check(model, wanted)  # type: ignore[union-attr]
+    basis = getattr(sites, "basis", None)
+    _refuse_unplaced(wanted, () if basis is None else basis.means)
+    offsets = {} if basis is None else basis.check(model, wanted)
     _refuse_occupied(model, wanted)
     shapes = _probe(model, wanted)
     with torch.inference_mode(False):  # or neither could the codes be trained, nor the totals of their use be added to
         books = {name: _built(model, name, item, shapes[name], on_nonfinite) for name, item in wanted.items()}
     modes = {name: book.training for name, book in books.items()}
     try:
-        _adopt(model, books)
+        _adopt(model, books, offsets)
         _prove(model, books)
     except BaseException:
         _release(model, books)
         for name, book in books.items():
             book.train(modes[name])
         raise
+    for book in books.values():
+        book.__dict__.pop(_UNPLACED, None)
     return books
 
 
@@ -117,6 +124,16 @@ def _from_mapping(model: Any, books: Books, layers: int | Sequence[int] | None) 
             owner[id(item)] = name
             wanted[name] = item
     return wanted
+
+
+def _refuse_unplaced(wanted: Books, measured: Iterable[str]) -> None:
+    for name, book in wanted.items():
+        if isinstance(book, Codebook) and _UNPLACED in book.__dict__ and name not in measured:
+            raise BasisMismatchError(
+                f"the codebook for {name!r} was detached from a model with folded value biases, where an offset kept it exact, and a "
+                "plain mapping does not say what its codes were trained on. Attach it as Codebooks with a basis: those that were attached "
+                "before, or Codebooks.of(model) from before the detach."
+            )
 
 
 def _refuse_occupied(model: Any, names: Iterable[str]) -> None:
@@ -189,9 +206,9 @@ def _built(
     return item
 
 
-def _adopt(model: Any, books: Mapping[str, Codebook]) -> None:
+def _adopt(model: Any, books: Mapping[str, Codebook], offsets: Mapping[str, Tensor]) -> None:
     for name, book in books.items():  # first what may fail: a device without room for the codes
-        book.to(device=hosts.home_device(model, name)).train(model.training)
+        book.to(device=hosts.home_device(model, name))
     clock = hosts.PositionClock.of(model)
     for name, book in books.items():
         if split_hook_name(name)[1] == "resid_delta":
@@ -200,7 +217,7 @@ def _adopt(model: Any, books: Mapping[str, Codebook]) -> None:
         else:
             point = model.hook_dict[name]
         point.__class__ = CodebookPoint
-        point.adopt(name, book, clock)
+        point.adopt(name, book, clock, offsets.get(name))
         point.train(model.training)
     refresh(model)
 
@@ -208,7 +225,7 @@ def _adopt(model: Any, books: Mapping[str, Codebook]) -> None:
 def _make_delta(model: Any, name: str) -> None:
     hooks, block = model.hook_dict, name.rpartition(".")[0]
     start, end = hooks[f"{block}.hook_resid_pre"], hooks[f"{block}.hook_resid_post"]
-    delta = CodebookPoint().train(model.training)
+    delta = CodebookPoint()
     for point, role in ((start, "feeds"), (end, "delta")):
         if type(point) is HookPoint:
             point.__class__ = RelayPoint
@@ -227,20 +244,17 @@ def _drop_delta(model: Any, name: str) -> None:
 
 def _prove(model: Any, books: Mapping[str, Codebook]) -> None:
     points = {name: point for name, point in sites(model).items() if name in books}
-    policies = {name: book.on_nonfinite for name, book in books.items()}
+    before = [(book, book.count_when, book.on_nonfinite) for book in books.values()]
     diverged = not all(bool(torch.isfinite(book.codes).all()) for book in books.values())  # loaded with allow_nonfinite=True
-    for book in books.values():
-        book.count_when, book.__dict__["_count_when"] = "never", book.count_when
-        if diverged:
-            book.on_nonfinite = "propagate"
     try:
+        for book in books.values():
+            book.count_when = "never"
+            book.on_nonfinite = "propagate" if diverged else book.on_nonfinite
         with hosts.quiet(model), torch.no_grad():
             model(_probe_tokens(model))
     finally:
-        for book in books.values():
-            book.count_when = book.__dict__.pop("_count_when")
-        for name, book in books.items():
-            book.on_nonfinite = policies[name]
+        for book, when, policy in before:
+            book.count_when, book.on_nonfinite = when, policy
     for name, point in points.items():
         if not point.n_snaps:
             raise HookNeverFiredError(f"the codebook at {name!r} was never reached by a probe. Choose another site; nothing was changed.")
@@ -262,6 +276,8 @@ def _release(model: Any, names: Iterable[str]) -> dict[str, Codebook]:
 def detach(model: Any, names: str | Iterable[str] | None = None) -> dict[str, Codebook]:
     """Take codebooks out (all, or those that `names` match) and return them by hook name; the model is bit for bit what it was.
 
+    Those that an offset kept exact (`CodebookPoint.offset`) attach again only with their basis: keep ``Codebooks.of(model)`` of before.
+
     Args:
         names: Hook names, addresses (``L3.mlp_out``) or sites (``z``).
 
@@ -273,7 +289,11 @@ def detach(model: Any, names: str | Iterable[str] | None = None) -> dict[str, Co
     (['blocks.0.hook_mlp_out', 'blocks.1.hook_mlp_out'], {})
     """
     model = hosts.as_host(model)
-    return _release(model, [point.site for point in match_sites(model, names)])
+    points = match_sites(model, names)
+    for point in points:
+        if point.offset is not None:
+            point.codebook.__dict__[_UNPLACED] = True
+    return _release(model, [point.site for point in points])
 
 
 def sites(model: Any) -> dict[str, CodebookPoint]:

@@ -51,11 +51,12 @@ class Codebooks(dict[str, Codebook], ModelHubMixin, library_name="tl_codebook", 
 
     @classmethod
     def of(cls, model: Any) -> Codebooks:
-        """Take the codebooks of a model together with the fingerprint of its activations."""
-        books = {name: point.codebook for name, point in sites(model).items()}
-        if not books:
+        """Take the codebooks of a model together with the fingerprint of its activations, as the codes see them."""
+        points = sites(model)
+        if not points:
             raise AttachError("the model has no codebooks to take. Call attach(model, sites=...) first.")
-        return cls(books, fingerprint(model))
+        offsets = {name: point.offset for name, point in points.items() if point.offset is not None}
+        return cls({name: point.codebook for name, point in points.items()}, fingerprint(model).shifted(offsets))
 
     def save_pretrained(
         self, save_directory: str | Path, *, overwrite: bool = False, repo_id: str | None = None, push_to_hub: bool = False, **kwargs: Any
@@ -114,8 +115,7 @@ def _tensors_of(books: Codebooks) -> dict[str, Tensor]:
         for key, value in book.state_dict().items():
             tensors[f"{name}/{key}"] = value
     if books.basis is not None:
-        tensors["basis/tokens"] = books.basis.tokens
-        tensors |= {f"basis/{name}": mean for name, mean in books.basis.means.items()}
+        tensors |= books.basis.tensors()
     return tensors
 
 
@@ -377,12 +377,6 @@ def _read_books(folder: Path, manifest: Mapping[str, Any], *, allow_nonfinite: b
             parameter.requires_grad_(True)
     basis = None
     if about is not None:
-        means = {key.removeprefix("basis/"): tensors[key] for key in basis_keys if key != "basis/tokens"}
-        probe = tensors.get("basis/tokens")
-        if probe is None or probe.dtype != torch.int64 or probe.ndim != 2 or not probe.numel() or int(probe.min()) < 0:
-            raise CheckpointError(f"{path}: its basis has no tokens [row pos]. Copy it again.")
-        for name, mean in means.items():
-            if (name in books and mean.shape != (books[name].d_in,)) or not bool(torch.isfinite(mean).all()):
-                raise CheckpointError(f"{path}: its basis at {name!r} is no finite mean activation of that codebook. Copy it again.")
-        basis = Basis(tensors["basis/tokens"], means, dict(about["processing"]), about["vocabulary"])
+        measured = {key: value for key, value in tensors.items() if key in basis_keys}
+        basis = Basis.from_tensors(measured, about, {name: book.d_in for name, book in books.items()}, path)
     return Codebooks(books, basis)

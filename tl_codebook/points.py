@@ -128,6 +128,10 @@ class CodebookPoint(RelayPoint):
 
     The old name carries the snapped activation, in the model's own layout. ``<name>.hook_x`` carries what goes in, [batch pos d_in] or
     [batch pos group d_group]; ``<name>.hook_codes`` the int64 ids, [batch pos k] or [batch pos group k]: edit them and the output follows.
+
+    Where the value biases of the model were folded since the codes were trained, `offset` is what z or v lost by it:
+    snap(x) = decode(encode(x + offset)) - offset. `hook_x`, `hook_codes` and all that the codebook counts are in the codes' own basis, with
+    the offset; the old name is in the model's.
     """
 
     site: str
@@ -137,15 +141,33 @@ class CodebookPoint(RelayPoint):
     enabled: bool
     clock: PositionClock
     n_snaps: int
+    offset: Float[Tensor, "group d_group"] | None
+    """What brings the model's activations into the basis of the codes; None where they are in it."""
 
-    def adopt(self, site: str, codebook: Codebook, clock: PositionClock) -> None:
+    def adopt(self, site: str, codebook: Codebook, clock: PositionClock, offset: Float[Tensor, " d_in"] | None = None) -> None:
         """Take the codebook in; the class of the object has just been changed to this one."""
         self.site, self.enabled, self.n_snaps = site, True, 0
+        with torch.inference_mode(False):
+            self.offset = None if offset is None else offset.clone().to(codebook.codes.device, torch.float32).reshape(-1, codebook.d_group)
         self.__dict__["clock"] = clock
         codebook.label = site
-        self.hook_x = HookPoint().train(self.training)
-        self.hook_codes = (GroupedCodesPoint() if codebook.n_groups > 1 else HookPoint()).train(self.training)
+        self.hook_x = HookPoint()
+        self.hook_codes = GroupedCodesPoint() if codebook.n_groups > 1 else HookPoint()
         self.codebook = codebook
+
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
+        # Not a buffer: casting the model to bf16 must not round it, and no state_dict has room for it.
+        offset = self.__dict__.get("offset")
+        if offset is not None:
+            self.offset = offset.to(fn(offset).device)
+        return super()._apply(fn, *args, **kwargs)
+
+    def __repr__(self) -> str:
+        point, codebook = super().__repr__(), self._modules.get("codebook")
+        if codebook is None:
+            return point
+        shift = "" if self.offset is None else f", with an offset of norm {float(self.offset.norm()):.3g} for folded value biases"
+        return f"{point} holds {codebook!r}{shift}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "resid_pre"}  # hangs on a graph: no copy of it
@@ -154,7 +176,7 @@ class CodebookPoint(RelayPoint):
         """Give the codebook back and become what the object was before."""
         codebook = self.codebook
         codebook.label = ""
-        for name in ("hook_x", "hook_codes", "codebook", "site", "enabled", "n_snaps", "clock"):
+        for name in ("hook_x", "hook_codes", "codebook", "site", "enabled", "n_snaps", "offset", "clock"):
             delattr(self, name)
         self.__dict__.pop("resid_pre", None)
         relays = self.__dict__.get("delta") is not None or self.__dict__.get("feeds") is not None
@@ -172,6 +194,11 @@ class CodebookPoint(RelayPoint):
         relays = self.__dict__.get("delta") is not None or self.__dict__.get("feeds") is not None
         return self.enabled or relays or HookPoint.has_hooks(self, *args, **kwargs)
 
+    def in_basis(self, x: Float[Tensor, "*lead d_in"]) -> Float[Tensor, "*lead group d_group"]:
+        """Split raw activations into groups and add the offset: what `hook_x` carries."""
+        grouped = self.codebook.grouped(x)
+        return grouped if self.offset is None else (grouped + self.offset).to(x.dtype)
+
     def _snap(self, x: Tensor) -> Tensor:
         book = self.codebook
         n_lead = min(2, x.ndim - 1)
@@ -182,7 +209,7 @@ class CodebookPoint(RelayPoint):
                 f"{book.d_in} values a position ({book.n_groups} groups of {book.d_group}). Detach it, or undo what changed the shape."
             )
         plain = book.n_groups == 1
-        grouped = book.grouped(x.reshape(*lead, book.d_in))
+        grouped = self.in_basis(x.reshape(*lead, book.d_in))
         x_in = grouped.squeeze(-2) if plain else grouped
         seen = self.hook_x(x_in)
         if seen is not x_in and (
@@ -198,6 +225,8 @@ class CodebookPoint(RelayPoint):
         if not torch.compiler.is_compiling():  # Dynamo would guard on the number and compile again at every call
             self.n_snaps += 1
         out = book.emit(y, ids.unsqueeze(-2) if plain else ids, q)
+        if self.offset is not None:
+            out = out - self.offset
         return out.reshape(x.shape).to(x.dtype)
 
     def _edited(self, ids: Tensor, call: SnapCall) -> Tensor:

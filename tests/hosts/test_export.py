@@ -307,7 +307,7 @@ def test_other_architectures_and_sites_are_refused(tmp_path):
 def test_a_model_that_hugging_face_would_compute_otherwise_is_refused(tmp_path):
     model = with_codes("hooked-gpt2")
     model.cfg.act_fn = "relu"  # the blocks compute gelu_new
-    refused(CheckpointError, "without codebooks the exported model's logits differ .* by ", model, tmp_path / "model")
+    refused(CheckpointError, "without codebooks Hugging Face's logits differ from the host's by ", model, tmp_path / "model")
 
 
 def test_codes_that_hugging_face_would_choose_otherwise_are_refused(tmp_path, monkeypatch):
@@ -321,7 +321,7 @@ def test_codes_that_hugging_face_would_choose_otherwise_are_refused(tmp_path, mo
     monkeypatch.setattr(proof, "_run", other_ids)
     refused(CheckpointError, "only .* of the codes are those of the host", model, tmp_path / "model")
     monkeypatch.setattr(proof, "_run", lambda *a, codes: (run(*a, codes=codes)[0], {n: 0 * v for n, v in run(*a, codes=codes)[1].items()}))
-    refused(CheckpointError, "with the host's codes the exported model's logits differ", model, tmp_path / "model")
+    refused(CheckpointError, "with the host's codes Hugging Face's logits differ", model, tmp_path / "model")
 
 
 def test_only_an_earlier_export_is_replaced(tmp_path):

@@ -124,18 +124,36 @@ def test_codes_that_do_not_fit(folder, fault):
     assert_both_refuse(folder, match)
 
 
-@pytest.mark.parametrize("fault", ["missing", "shape of a mean", "nan in a mean", "tokens out of range", "tokens that are floats"])
+MEAN, SPREAD = f"basis/mean/{BOOK}", f"basis/spread/{BOOK}"
+BASES = {
+    "missing": (lambda t: t.pop("basis/tokens"), "no tokens"),
+    "tokens out of range": (lambda t: t.update({"basis/tokens": torch.full((1, 4), -5)}), "no tokens"),
+    "tokens that are floats": (lambda t: t.update({"basis/tokens": torch.zeros(1, 4)}), "no tokens"),
+    "shape of a mean": (lambda t: t.update({MEAN: torch.zeros(5)}), "as the mean at"),
+    "axes of a mean": (lambda t: t.update({MEAN: torch.zeros(1, 32)}), "as the mean at"),
+    "a mean of integers": (lambda t: t.update({MEAN: torch.zeros(32, dtype=torch.int64)}), "as the mean at"),
+    "nan in a mean": (lambda t: t.update({MEAN: torch.full((32,), torch.nan)}), "a mean that no activations have"),
+    "shape of a spread": (lambda t: t.update({SPREAD: torch.zeros(5)}), "as the spread at"),
+    "inf in a spread": (lambda t: t.update({SPREAD: torch.full((32,), torch.inf)}), "a spread that no activations have"),
+    "a negative spread": (lambda t: t.update({SPREAD: torch.full((32,), -1.0)}), "a spread that no activations have"),
+    "a mean without a spread": (lambda t: t.pop(SPREAD), "a mean and a spread of one width"),
+    "a spread without a mean": (lambda t: t.pop(MEAN), "a mean and a spread of one width"),
+    "two widths": (
+        lambda t: t.update({"basis/mean/blocks.9.hook_x": torch.zeros(3), "basis/spread/blocks.9.hook_x": torch.zeros(4)}),
+        "a mean and a spread of one width",
+    ),
+    "an unknown kind": (lambda t: t.update({f"basis/median/{BOOK}": torch.zeros(32)}), "unknown tensor 'basis/median/"),
+    "no kind": (lambda t: t.update({f"basis/{BOOK}": torch.zeros(32)}), "unknown tensor 'basis/blocks"),
+    "no name": (lambda t: t.update({"basis/mean/": torch.zeros(32)}), "unknown tensor 'basis/mean/'"),
+}
+
+
+@pytest.mark.parametrize("fault", BASES)
 def test_a_basis_that_does_not_fit(folder, fault):
     """What the check of the basis reads is checked itself: no KeyError, no crash, and no check that passes because it cannot fail."""
-    changes = {
-        "missing": lambda t: t.pop("basis/tokens"),
-        "shape of a mean": lambda t: t.update({f"basis/{BOOK}": torch.zeros(5)}),
-        "nan in a mean": lambda t: t.update({f"basis/{BOOK}": torch.full((32,), torch.nan)}),
-        "tokens out of range": lambda t: t.update({"basis/tokens": torch.full((1, 4), -5)}),
-        "tokens that are floats": lambda t: t.update({"basis/tokens": torch.zeros(1, 4)}),
-    }
-    rewrite(folder, "codes", changes[fault])
-    assert_both_refuse(folder, "basis")
+    change, match = BASES[fault]
+    rewrite(folder, "codes", change)
+    assert_both_refuse(folder, f"its basis .*{match}")
 
 
 def test_nonfinite_codes_on_request(folder):
