@@ -12,7 +12,8 @@ from transformer_lens.hook_points import HookPoint
 from tl_codebook import hosts
 from tl_codebook.codebook import Codebook, CodebookConfig
 from tl_codebook.errors import AttachError, BasisMismatchError, ConfigError, HookNeverFiredError, ShapeError, UnknownHookError, nearest
-from tl_codebook.names import CODES, HEAD_SITES, INPUT, SITES, Address, split_hook_name
+from tl_codebook.made import check_made, drop, make
+from tl_codebook.names import CODES, HEAD_SITES, INPUT, MADE_OF, SITES, Address, split_hook_name
 from tl_codebook.points import CodebookPoint, RelayPoint
 
 __all__ = ["attach", "detach", "match_sites", "refresh", "sites"]
@@ -40,8 +41,8 @@ def attach(
 
     Args:
         model: A HookedTransformer or TransformerBridge.
-        sites: One or more of z q k v attn_out mlp_out post resid_pre resid_mid resid_post resid_delta; or, for full control, a mapping from
-            a site, an address (``L3.mlp_out``) or a hook name to a `CodebookConfig` or a `Codebook`.
+        sites: One or more of z q k v attn_out mlp_out post resid_pre resid_mid resid_post resid_delta qkv; or, for full control, a mapping
+            from a site, an address (``L3.mlp_out``) or a hook name to a `CodebookConfig` or a `Codebook`.
         layers: Layers to use, negative ones from the end; all by default. Not with addresses or hook names.
         n_codes, k, n_groups, config: The fields of `CodebookConfig`. At z, q, k, v one group per head unless n_groups says else.
         on_nonfinite: What a NaN or Inf at a site does: ``raise``, or ``propagate`` it to the output.
@@ -141,7 +142,8 @@ def _refuse_occupied(model: Any, names: Iterable[str]) -> None:
     for name in names:
         point = hooks.get(name)
         if point is None:
-            continue  # a resid_delta that is still to be made
+            check_made(model, name)
+            continue  # still to be made
         if isinstance(point, CodebookPoint):
             book = point.codebook
             raise AttachError(
@@ -211,35 +213,12 @@ def _adopt(model: Any, books: Mapping[str, Codebook], offsets: Mapping[str, Tens
         book.to(device=hosts.home_device(model, name))
     clock = hosts.PositionClock.of(model)
     for name, book in books.items():
-        if split_hook_name(name)[1] == "resid_delta":
-            _make_delta(model, name)
-            point = model.blocks[split_hook_name(name)[0]].hook_resid_delta
-        else:
-            point = model.hook_dict[name]
-        point.__class__ = CodebookPoint
+        point = make(model, name) if split_hook_name(name)[1] in MADE_OF else model.hook_dict[name]
+        if not isinstance(point, CodebookPoint):
+            point.__class__ = CodebookPoint
         point.adopt(name, book, clock, offsets.get(name))
         point.train(model.training)
     refresh(model)
-
-
-def _make_delta(model: Any, name: str) -> None:
-    hooks, block = model.hook_dict, name.rpartition(".")[0]
-    start, end = hooks[f"{block}.hook_resid_pre"], hooks[f"{block}.hook_resid_post"]
-    delta = CodebookPoint()
-    for point, role in ((start, "feeds"), (end, "delta")):
-        if type(point) is HookPoint:
-            point.__class__ = RelayPoint
-        point.__dict__[role] = delta  # past Module.__setattr__: the block owns it, under one name
-    model.blocks[split_hook_name(name)[0]].add_module("hook_resid_delta", delta)
-
-
-def _drop_delta(model: Any, name: str) -> None:
-    hooks, block = model.hook_dict, name.rpartition(".")[0]
-    for point, role in ((hooks[f"{block}.hook_resid_pre"], "feeds"), (hooks[f"{block}.hook_resid_post"], "delta")):
-        point.__dict__.pop(role, None)
-        if type(point) is RelayPoint and not {"feeds", "delta"} & set(point.__dict__):
-            point.__class__ = HookPoint  # type: ignore[assignment]
-    model.blocks[split_hook_name(name)[0]]._modules.pop("hook_resid_delta", None)
 
 
 def _prove(model: Any, books: Mapping[str, Codebook]) -> None:
@@ -264,8 +243,8 @@ def _release(model: Any, names: Iterable[str]) -> dict[str, Codebook]:
     points, released = sites(model), {}
     for name in names:
         if name in points:
-            if split_hook_name(name)[1] == "resid_delta":
-                _drop_delta(model, name)
+            if split_hook_name(name)[1] in MADE_OF:
+                drop(model, name)
             released[name] = points[name].release()
     if not sites(model):
         hosts.PositionClock.remove(model)
@@ -351,14 +330,15 @@ def refresh(model: Any) -> None:
         return
     registry = model._hook_registry
     live = set(map(id, model.modules()))
-    for name in [n for n, p in registry.items() if n.endswith((f".{CODES}", f".{INPUT}", ".hook_resid_delta")) or id(p) not in live]:
+    ours = (f".{CODES}", f".{INPUT}", *(f".{SITES[site]}" for site in MADE_OF))
+    for name in [n for n, p in registry.items() if n.endswith(ours) or id(p) not in live]:
         del registry[name]
     points = sites(model)
     for name, point in points.items():
         for child in (INPUT, CODES):
             getattr(point, child).name = f"{name}.{child}"
             registry[f"{name}.{child}"] = getattr(point, child)
-        if split_hook_name(name)[1] == "resid_delta":
+        if split_hook_name(name)[1] in MADE_OF:
             point.name = name
             registry[name] = point
     kind = hosts.StrictRegistry if points else dict

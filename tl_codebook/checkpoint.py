@@ -18,8 +18,8 @@ from torch import Tensor
 
 from tl_codebook import files, hosts
 from tl_codebook.attachment import attach, sites
+from tl_codebook.base_model import build, describe, freeze_, frozen_zeros, put_weights_, weights_of
 from tl_codebook.basis import Basis, fingerprint
-from tl_codebook.building import bridge_around, hooked_from_config, native_bridge
 from tl_codebook.codebook import Codebook, CodebookConfig
 from tl_codebook.errors import AttachError, CheckpointError, ConfigError
 
@@ -123,6 +123,11 @@ def _write(folder: Path, books: Codebooks, model: Any = None) -> None:
     for name in books:
         if not _HOOK.fullmatch(name):
             raise CheckpointError(f"a codebook sits at {name!r}, which no file may name: A-Z a-z 0-9 . _ - and at most 64 characters.")
+    with files.one_writer(folder):
+        _write_alone(folder, books, model)
+
+
+def _write_alone(folder: Path, books: Codebooks, model: Any) -> None:
     before = {}
     if (folder / MANIFEST).is_file():
         try:
@@ -143,55 +148,13 @@ def _write(folder: Path, books: Codebooks, model: Any = None) -> None:
         "tokenizer": None,
     }
     if model is not None:
-        manifest["model"] = _describe(model) | {"weights": files.write_tensors(folder, "model", _weights(model))}
+        weights = files.write_tensors(folder, "model", weights_of(model))
+        manifest["model"] = describe(model) | {"weights": weights, "frozen": frozen_zeros(model)}
         tokenizer = getattr(model, "tokenizer", None)
         if tokenizer is not None:
             manifest["tokenizer"] = files.write_folder(folder, "tokenizer", lambda path: tokenizer.save_pretrained(path))
     files.replace_json(folder / MANIFEST, manifest)
     files.remove_stale(folder, before, manifest)
-
-
-def _weights(model: Any) -> dict[str, Tensor]:
-    """Return the weights of the base model, without codebooks and without what its configuration already says."""
-    if hosts.is_bridge(model):
-        return {name: value for name, value in model.state_dict().items() if ".codebook." not in name}
-    return {name: value for name, value in model.named_parameters() if ".codebook." not in name}
-
-
-def _plain(value: Any) -> Any:
-    """Turn a configuration into JSON values; what JSON has no word for is left out and decided anew on loading."""
-    if isinstance(value, torch.dtype):
-        return {"dtype": str(value).removeprefix("torch.")}
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value if isinstance(value, str | int | float | bool) or value is None else str(value)
-
-
-def _unplain(value: Any, folder: Path) -> Any:
-    if isinstance(value, dict) and set(value) == {"dtype"}:
-        dtype = getattr(torch, str(value["dtype"]), None)
-        if not isinstance(dtype, torch.dtype):
-            raise CheckpointError(f"{folder}: the model configuration names the dtype {value['dtype']!r}, which torch does not have.")
-        return dtype
-    return value
-
-
-def _describe(model: Any) -> dict[str, Any]:
-    if not hosts.is_bridge(model):
-        fields = {key: value for key, value in model.cfg.to_dict().items() if key not in ("device", "tokenizer_name")}
-        return {"host": "hooked", "config": _plain(fields)}
-    inner = model.original_model
-    if type(inner).__name__ == "NativeModel":
-        return {"host": "native", "config": _plain({key: value for key, value in model.cfg.to_dict().items() if key != "device"})}
-    if getattr(model, "_weights_processed", False):
-        raise CheckpointError(
-            "the weights of this TransformerBridge were processed (enable_compatibility_mode), and no file format of theirs exists. Save "
-            "the codes alone: Codebooks.of(model).save_pretrained(folder)."
-        )
-    dtype = next(iter(_weights(model).values())).dtype  # a model that was cast keeps the old one in its configuration
-    return {"host": "bridge", "config": _plain(inner.config.to_dict() | {"dtype": dtype})}
 
 
 def save(model: Any, folder: str | Path, *, overwrite: bool = False) -> None:
@@ -216,7 +179,7 @@ def save(model: Any, folder: str | Path, *, overwrite: bool = False) -> None:
     """
     model = hosts.as_host(model)
     books = Codebooks.of(model)
-    _describe(model)
+    describe(model)
     _write(files.check_writable(folder, overwrite=overwrite), books, model)
 
 
@@ -239,8 +202,10 @@ def load(folder: str | Path, *, device: str | torch.device | None = None, allow_
         raise CheckpointError(
             f"{folder} holds codebooks and no model. Attach them: attach(model, Codebooks.from_pretrained({str(folder)!r}))."
         )
-    if not isinstance(about, dict) or set(about) != {"host", "config", "weights"} or not isinstance(about["config"], dict):
-        raise CheckpointError(f"{folder / MANIFEST}: its model entry needs host, config and weights. Write it again with tl_codebook.save.")
+    if not isinstance(about, dict) or set(about) != {"host", "config", "weights", "frozen"} or not isinstance(about["config"], dict):
+        raise CheckpointError(
+            f"{folder / MANIFEST}: its model entry needs host, config, weights and frozen. Write it again with tl_codebook.save."
+        )
     tokenizer = None
     if manifest["tokenizer"] is not None:
         from transformers import AutoTokenizer
@@ -250,9 +215,10 @@ def load(folder: str | Path, *, device: str | torch.device | None = None, allow_
             tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         except Exception as error:
             raise CheckpointError(f"{path}: no tokenizer can be loaded from it ({type(error).__name__}: {error}).") from error
-    model = _build(about["host"], {key: _unplain(value, folder) for key, value in about["config"].items()}, tokenizer, folder)
+    model = build(about["host"], about["config"], tokenizer, folder)
     weights = files.read_tensors(folder, about["weights"])
-    _put_weights(model, weights, folder)
+    put_weights_(model, weights, folder)
+    freeze_(model, about["frozen"], folder)
     model.eval()
     for book in books.values():
         book.eval()
@@ -270,52 +236,9 @@ def restore_(model: Any, folder: str | Path) -> None:
         raise CheckpointError(f"{folder} has codebooks at {sorted(books)}, the model at {sorted(here)}, or of another configuration.")
     if not isinstance(manifest["model"], dict):
         raise CheckpointError(f"{folder} holds codebooks and no model, so nothing can be restored from it.")
-    _put_weights(model, files.read_tensors(folder, manifest["model"].get("weights")), folder)
+    put_weights_(model, files.read_tensors(folder, manifest["model"].get("weights")), folder)
     for name, book in books.items():
         here[name].codebook.load_state_dict(book.state_dict())
-
-
-def _build(host: Any, config: dict[str, Any], tokenizer: Any, folder: Path) -> Any:
-    try:
-        with torch.random.fork_rng(devices=[]):
-            if host == "hooked":
-                return hooked_from_config(config | {"device": "cpu"}, tokenizer)
-            if host == "native":
-                return native_bridge(config | {"device": "cpu"}, tokenizer)
-            if host == "bridge":
-                from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-
-                kind = str(config.get("model_type"))
-                if kind not in CONFIG_MAPPING or "auto_map" in config:
-                    raise CheckpointError(
-                        f"{folder}: the model configuration is of type {kind!r}"
-                        f"{' and asks for code of its own (auto_map)' if 'auto_map' in config else ''}. Only types that transformers has "
-                        "are loaded, and no code."
-                    )
-                hf_config = CONFIG_MAPPING[kind].from_dict(config)
-                dtype = getattr(hf_config, "dtype", None) or torch.float32
-                hf_model = AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager", dtype=dtype)
-                return bridge_around(hf_model, tokenizer)
-    except (CheckpointError, ConfigError):
-        raise
-    except Exception as error:
-        raise CheckpointError(
-            f"{folder}: no {host} model can be built from its configuration ({type(error).__name__}: {error})."
-        ) from error
-    raise CheckpointError(f"{folder}: its host is {host!r}. Known hosts: hooked, bridge, native.")
-
-
-@torch.no_grad()
-def _put_weights(model: Any, weights: Mapping[str, Tensor], folder: Path) -> None:
-    own = _weights(model)
-    if set(own) != set(weights):
-        missing, extra = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
-        raise CheckpointError(f"{folder}: the weights lack {missing[:5]} and have {extra[:5]} too many for this TransformerLens' model.")
-    for name, value in own.items():
-        if value.shape != weights[name].shape:
-            raise CheckpointError(f"{folder}: {name!r} has shape {tuple(weights[name].shape)}, the model needs {tuple(value.shape)}.")
-    for name, value in own.items():
-        value.copy_(weights[name])
 
 
 def _read_books(folder: Path, manifest: Mapping[str, Any], *, allow_nonfinite: bool) -> Codebooks:

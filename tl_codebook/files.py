@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,17 @@ from torch import Tensor
 
 from tl_codebook.errors import CheckpointError, CheckpointExistsError
 
-__all__ = ["check_writable", "read_json", "read_tensors", "remove_stale", "replace_json", "resolve", "write_folder", "write_tensors"]
+__all__ = [
+    "check_writable",
+    "one_writer",
+    "read_json",
+    "read_tensors",
+    "remove_stale",
+    "replace_json",
+    "resolve",
+    "write_folder",
+    "write_tensors",
+]
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 
@@ -65,6 +75,27 @@ def _atomically(target: Path, write: Callable[[Path], None]) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def one_writer(folder: Path) -> Iterator[None]:
+    """Wait until no other process writes a checkpoint to the folder, and keep others waiting.
+
+    Files are named after their content. Of two writers at once, one could otherwise remove as stale what the other has just written under
+    the very name that its manifest is about to give. The system ends the lock of a process that was killed.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _hash(path: Path) -> str:

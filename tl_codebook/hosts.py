@@ -12,11 +12,13 @@ from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from einops import rearrange
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from tl_codebook.errors import AttachError, UnknownHookError, nearest
-from tl_codebook.names import SITES, CodesHookName, hook_name, split_hook_name
+from tl_codebook.names import MADE_OF, SITES, CodesHookName, hook_name, split_hook_name
 
 __all__ = [
     "Host",
@@ -26,6 +28,7 @@ __all__ = [
     "head_count",
     "home_device",
     "is_bridge",
+    "joined_heads",
     "n_layers",
     "processing",
     "quiet",
@@ -86,7 +89,7 @@ def stable_name(model: Any, name: str) -> str:
     """
     hooks = model.hook_dict
     layer, site = split_hook_name(name)
-    if site == "resid_delta" and layer is not None and layer < n_layers(model):
+    if site in MADE_OF and layer is not None and layer < n_layers(model):
         return name
     if name not in hooks:
         raise unknown_hook(model, name)
@@ -151,7 +154,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
 def raw_activations(model: Any, tokens: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
     """Run `tokens` and return what a user hook would see at each hook point; hook points that never fire are missing.
 
-    Nothing the user hung on the model runs. `blocks.N.hook_resid_delta` is computed as resid_post - resid_pre where no codebook made it.
+    Nothing the user hung on the model runs. A made hook point (`MADE_OF`) is computed from its parts where no codebook made it.
     """
     got: dict[str, Tensor] = {}
     hooks = model.hook_dict
@@ -163,18 +166,25 @@ def raw_activations(model: Any, tokens: Tensor, names: Sequence[str]) -> dict[st
         return keep
 
     needed = dict.fromkeys(names)
-    deltas = {name: name.rpartition(".")[0] for name in names if split_hook_name(name)[1] == "resid_delta"}
-    for block in deltas.values():
-        needed |= {f"{block}.hook_resid_pre": None, f"{block}.hook_resid_post": None}
+    made = {name: split_hook_name(name) for name in names if split_hook_name(name)[1] in MADE_OF}
+    parts = {name: [f"blocks.{layer}.{part}" for part in MADE_OF[site]] for name, (layer, site) in made.items()}
+    needed |= {part: None for name in made for part in parts[name]}
     with quiet(model):
         for name in needed:
             if name in hooks:
                 hooks[name].add_hook(keeper(name))
         model(tokens)
-    for name, block in deltas.items():
-        if name not in got and f"{block}.hook_resid_pre" in got and f"{block}.hook_resid_post" in got:
-            got[name] = got[f"{block}.hook_resid_post"] - got[f"{block}.hook_resid_pre"]
+    for name, (_, site) in made.items():
+        if name not in got and all(part in got for part in parts[name]):
+            found = [got[part] for part in parts[name]]
+            got[name] = found[1] - found[0] if site == "resid_delta" else joined_heads(found, int(model.cfg.n_heads))
     return {name: got[name] for name in names if name in got}
+
+
+def joined_heads(qkv: Sequence[Tensor], n_heads: int) -> Float[Tensor, "batch pos d_in"]:
+    """Put q, k and v, [batch pos head d_head] or flattened, side by side as the fused projection of GPT-NeoX has them."""
+    heads = torch.stack([part.reshape(*part.shape[:2], n_heads, -1) for part in qkv], dim=-2)
+    return rearrange(heads, "batch pos head qkv d_head -> batch pos (head qkv d_head)")
 
 
 class PositionClock:

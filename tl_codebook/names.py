@@ -20,6 +20,7 @@ __all__ = [
     "CODES",
     "HEAD_SITES",
     "INPUT",
+    "MADE_OF",
     "SITES",
     "Address",
     "Code",
@@ -45,9 +46,16 @@ SITES: dict[str, str] = {
     "resid_mid": "hook_resid_mid",
     "resid_post": "hook_resid_post",
     "resid_delta": "hook_resid_delta",
+    "qkv": "attn.hook_qkv",
 }
-"""Site -> what follows ``blocks.<layer>.`` in the hook name. `resid_delta` is what a block adds to the residual stream; TransformerLens has
-no hook point for it, `attach` makes one."""
+"""Site -> what follows ``blocks.<layer>.`` in the hook name. `resid_delta` is what a block adds to the residual stream, `qkv` is q, k and v
+as one vector [head, (q k v), d_head]; TransformerLens has no hook points for them, `attach` makes them."""
+
+MADE_OF: dict[str, tuple[str, ...]] = {
+    "resid_delta": ("hook_resid_pre", "hook_resid_post"),
+    "qkv": ("attn.hook_q", "attn.hook_k", "attn.hook_v"),
+}
+"""Site that `attach` makes a hook point for -> the hook points that serve it, in the order in which they fire."""
 
 HEAD_SITES = ("z", "q", "k", "v")
 """The sites that have one activation per attention head (per key-value head at k and v)."""

@@ -50,14 +50,32 @@ def current_call() -> SnapCall | None:
 
 
 class RelayPoint(HookPoint):
-    """A hook point at the start or end of a block that serves the block's `resid_delta`.
+    """A hook point that serves one which TransformerLens does not have (`tl_codebook.made`).
 
     At `hook_resid_post` (where `delta` is set) the output becomes resid_pre + snap(resid_post - resid_pre);
-    at `hook_resid_pre` (where `feeds` is set) the value is noted for it.
+    at `hook_resid_pre` (where `feeds` is set) the value is noted for it. At `hook_q`, `hook_k` and `hook_v` (where `joint` is set, to a
+    hook point and a number) the value becomes a part of what their codebook says.
     """
 
     delta: CodebookPoint | None
     feeds: CodebookPoint | None
+    joint: tuple[Any, int] | None
+
+    ROLES = ("delta", "feeds", "joint")
+
+    @property
+    def serves(self) -> bool:
+        """Tell whether another hook point needs this one."""
+        return any(self.__dict__.get(role) is not None for role in self.ROLES)
+
+    def stop_serving(self, point: Any) -> None:
+        """Serve `point` no more, and be a plain HookPoint again where that was all."""
+        for role in self.ROLES:
+            served = self.__dict__.get(role)
+            if (served[0] if isinstance(served, tuple) else served) is point:
+                self.__dict__.pop(role, None)
+        if type(self) is RelayPoint and not self.serves:
+            self.__class__ = HookPoint  # type: ignore[assignment]
 
     def __call__(self, x: Tensor) -> Tensor:
         """Change the value as the point's role asks, then do what a HookPoint does."""
@@ -68,6 +86,9 @@ class RelayPoint(HookPoint):
         return out
 
     def _change(self, x: Tensor) -> Tensor:
+        joint = self.__dict__.get("joint")
+        if joint is not None and joint[0].enabled:
+            x = joint[0].part(joint[1], x)
         delta = self.__dict__.get("delta")
         if delta is None or not delta.enabled:
             return x
@@ -179,8 +200,7 @@ class CodebookPoint(RelayPoint):
         for name in ("hook_x", "hook_codes", "codebook", "site", "enabled", "n_snaps", "offset", "clock"):
             delattr(self, name)
         self.__dict__.pop("resid_pre", None)
-        relays = self.__dict__.get("delta") is not None or self.__dict__.get("feeds") is not None
-        self.__class__ = RelayPoint if relays else HookPoint  # type: ignore[assignment]
+        self.__class__ = RelayPoint if self.serves else HookPoint  # type: ignore[assignment]
         return codebook
 
     # In __call__ (RelayPoint), not in forward(): a backward hook at the old name must bracket the identity alone, so that zeroing the
@@ -191,8 +211,7 @@ class CodebookPoint(RelayPoint):
 
     def has_hooks(self, *args: Any, **kwargs: Any) -> bool:
         """Say yes while the codebook is on, see `RelayPoint.has_hooks`."""
-        relays = self.__dict__.get("delta") is not None or self.__dict__.get("feeds") is not None
-        return self.enabled or relays or HookPoint.has_hooks(self, *args, **kwargs)
+        return self.enabled or self.serves or HookPoint.has_hooks(self, *args, **kwargs)
 
     def in_basis(self, x: Float[Tensor, "*lead d_in"]) -> Float[Tensor, "*lead group d_group"]:
         """Split raw activations into groups and add the offset: what `hook_x` carries."""

@@ -36,15 +36,10 @@ def model_type(model: Any) -> str:
     return {"GPT2LMHeadModel": "gpt2", "GPTNeoXForCausalLM": "gpt_neox", "GPTNeoForCausalLM": "gpt_neo"}[model.cfg.original_architecture]
 
 
-def joint_hook(layer: int) -> str:
-    """Name where a codebook over parts of q, k and v together sits."""
-    return f"blocks.{layer}.attn.hook_qkv"
-
-
 def ids_by_place(model: Any, cache: Mapping[str, Tensor], layer: int, place: str) -> Tensor:
     """Return the ids [batch pos group slot] of one of the original's codebooks, its groups in the original's order."""
-    if place == "qkv" and joint_hook(layer) in sites(model):
-        return grouped(cache[codes_hook(joint_hook(layer))])
+    if place == "qkv" and hook_name(layer, "qkv") in sites(model):
+        return grouped(cache[codes_hook(hook_name(layer, "qkv"))])
     parts = [grouped(cache[codes_hook(hook_name(layer, site))]) for site in PLACES[place]]
     if place != "qkv":
         return parts[0]
@@ -65,8 +60,8 @@ def assert_places(model: Any, cache: Mapping[str, Tensor], data: Mapping[str, Te
         layer, place, group = place_of_key(key)
         ids = ids_by_place(model, cache, layer, place)[:, :, group or 0]
         assert ids[keep].tolist() == data[f"{prefix}{key}{suffix}"][keep].tolist(), key
-        joint = place == "qkv" and joint_hook(layer) in sites(model)
-        seen |= {joint_hook(layer)} if joint else {hook_name(layer, site) for site in PLACES[place]}
+        joint = place == "qkv" and hook_name(layer, "qkv") in sites(model)
+        seen |= {hook_name(layer, "qkv")} if joint else {hook_name(layer, site) for site in PLACES[place]}
     assert seen == set(sites(model))
 
 
@@ -97,10 +92,10 @@ def assert_gradients(model: Any, data: Mapping[str, Tensor], prefix: str = "") -
     places = {place_of_key(key.split("/")[-2])[:2] for key in data if key.startswith(f"{prefix}grad/cb/")}
     for layer, place in places:
         key = f"{prefix}grad/cb/layer{layer}_{place}"
-        if place == "qkv" and joint_hook(layer) not in sites(model):
+        if place == "qkv" and hook_name(layer, "qkv") not in sites(model):
             assert_qkv_gradients(model, layer, data, key)
         else:
-            name = joint_hook(layer) if place == "qkv" else hook_name(layer, PLACES[place][0])
+            name = hook_name(layer, "qkv") if place == "qkv" else hook_name(layer, PLACES[place][0])
             assert_codebook_gradients(sites(model)[name].codebook, data, key)
 
 

@@ -265,8 +265,8 @@ MODELS = {
     "no model_type": (lambda m: m["config"].pop("model_type"), "is of type None|is of type 'None'"),
     "unknown host": (lambda m: m.update(host="os.system"), "its host is 'os.system'. Known hosts: hooked, bridge, native"),
     "host as a list": (lambda m: m.update(host=["bridge"]), r"its host is \['bridge'\]"),
-    "config as text": (lambda m: m.update(config="gpt2"), "needs host, config and weights"),
-    "unknown key": (lambda m: m.update({"class": "os.system"}), "needs host, config and weights"),
+    "config as text": (lambda m: m.update(config="gpt2"), "needs host, config, weights and frozen"),
+    "unknown key": (lambda m: m.update({"class": "os.system"}), "needs host, config, weights and frozen"),
     "unknown dtype": (lambda m: m["config"].update(dtype={"dtype": "load"}), "names the dtype 'load'"),
     "wrong type in the config": (lambda m: m["config"].update(n_layer="two"), "no bridge model can be built from its configuration"),
 }

@@ -110,7 +110,7 @@ def read_codebook_features(checkpoint: str | Path, base: Any, *, tokenizer: Any 
             settings = dataclasses.replace(settings, k=config.k_codebook[at])
         except ConfigError as error:
             raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
-        for site, part in _by_site(place, found, layout, n_heads, what).items():
+        for site, part in _by_site(place, found, layout, n_heads).items():
             books[hook_name(layer, site)] = _book(part, settings)
     if parts.idle:
         warnings.warn(
@@ -241,8 +241,11 @@ def _width(place: str, hf_config: Any, layout: Layout, parts: Parts, layer: int)
     return int(rows * columns // d_model)
 
 
-def _by_site(place: str, found: dict[str, Tensor], layout: Layout, n_heads: int, what: str) -> dict[str, dict[str, Tensor]]:
-    """Return the tensors of each of our sites; qkv is one codebook over the fused projection in the original, and three here."""
+def _by_site(place: str, found: dict[str, Tensor], layout: Layout, n_heads: int) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of each of our sites.
+
+    The original's qkv is one codebook over the fused projection. Here it is one at each of q, k and v, unless its groups span several.
+    """
     sites = PLACES[place]
     if place != "qkv":
         return {sites[0]: found}
@@ -252,7 +255,7 @@ def _by_site(place: str, found: dict[str, Tensor], layout: Layout, n_heads: int,
     elif n_groups % n_heads == 0:  # head qkv d_head: every group lies within the q, k or v of one head
         index = torch.arange(3 * n_groups).reshape(n_heads, 3, -1).transpose(0, 1).reshape(3, n_groups)
     else:
-        raise CheckpointError(f"{what} joins parts of q, k and v.")
+        return {"qkv": found}
     return {site: {name: tensor[rows] for name, tensor in found.items()} for site, rows in zip(sites, index, strict=True)}
 
 

@@ -64,6 +64,12 @@ def export_hf(model: Any, folder: str | Path, *, overwrite: bool = False) -> Agr
     """
     model = hosts.as_host(model)
     refuse_sites(sites(model))
+    shifted = [name for name, point in sites(model).items() if point.offset is not None]
+    if shifted:
+        raise CheckpointError(
+            f"the codes at {shifted[0]!r} were trained on weights processed otherwise than this model's, and an offset holds them in "
+            "place, which a Hugging Face folder has no room for. Attach them to the model that they were trained on, and export that."
+        )
     target = _replaceable(Path(folder), overwrite=overwrite)
     hf_model = hf_model_of(model)
     if hosts.is_bridge(model) and getattr(model.original_model, "generation_config", None) is not None:

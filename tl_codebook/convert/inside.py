@@ -92,8 +92,12 @@ class _Fused:
     axes: str
     n_heads: int
     snaps: tuple[Snap | None, ...]
+    joint: Snap | None
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.joint is not None:
+            turned = rearrange(x, f"... ({self.axes}) -> ... (head qkv d_head)", qkv=3, head=self.n_heads)
+            x = rearrange(self.joint(turned), f"... (head qkv d_head) -> ... ({self.axes})", qkv=3, head=self.n_heads)
         parts = rearrange(x, f"... ({self.axes}) -> qkv ... (head d_head)", qkv=3, head=self.n_heads)
         parts = torch.stack([part if snap is None else snap(part) for part, snap in zip(parts, self.snaps, strict=True)])
         return rearrange(parts, f"qkv ... (head d_head) -> ... ({self.axes})", head=self.n_heads)
@@ -154,7 +158,7 @@ def attach_hf(hf_model: Any, codes: str | Path | Codebooks | Mapping[str, Codebo
     Args:
         hf_model: gpt2, gpt_neox, gpt_neo, llama, mistral or qwen2; any weights of the basis that the codes were trained in.
         codes: A folder or hub name (as `export_hf` or `Codebooks.save_pretrained` wrote it), or codebooks by hook name. Sites: z q k v
-            attn_out mlp_out post resid_pre resid_post resid_delta.
+            attn_out mlp_out post resid_pre resid_post resid_delta, and qkv where one projection computes all three.
 
     Raises:
         ConfigError: an architecture that is not in the table (`tl_codebook.convert.layouts`), or what is no codebook.
@@ -288,6 +292,14 @@ def _projections(block: nn.Module, layout: Layout) -> dict[str, tuple[nn.Module,
 def _width(block: nn.Module, site: str, layout: Layout, model: Any) -> int | None:
     """Return how many values a position has at a site, or None where its module does not say (a quantised one)."""
     projections = _projections(block, layout)
+    if site == "qkv":
+        if layout.fused is None:
+            raise UnknownHookError(
+                f"a codebook at {site!r} was given, and a {type(model).__name__} computes q, k and v apart: no hook has all three. Train "
+                "codes at q, k and v instead."
+            )
+        each = _width(block, "q", layout, model)
+        return None if each is None else 3 * each
     if site not in projections:
         return int(model.config.hidden_size)
     module, end = projections[site]
@@ -303,8 +315,8 @@ def _hang(handle: HFCodebooks, block: nn.Module, layer: int, layout: Layout, n_h
     block.add_module(_CHILD, nn.ModuleDict({site: snap.book for site, snap in snaps.items()}))
     handle._blocks.append(block)
     projections = _projections(block, layout)
-    if layout.fused and {"q", "k", "v"} & set(snaps):
-        fused = _Fused(layout.fused, n_heads, tuple(snaps.get(site) for site in "qkv"))
+    if layout.fused and {"q", "k", "v", "qkv"} & set(snaps):
+        fused = _Fused(layout.fused, n_heads, tuple(snaps.get(site) for site in "qkv"), snaps.get("qkv"))
         handle._hooks.append(projections["q"][0].register_forward_hook(partial(_on_output, fused)))
     for site, (module, end) in projections.items():
         if site not in snaps or (layout.fused and site in "qkv"):

@@ -113,7 +113,7 @@ def collect_inputs(
                 if mask is not None:
                     flat = flat[mask[start : start + batch_size].reshape(-1).to(flat.device)]
                 with torch.no_grad():
-                    found[point.site].append(book.normalise(book.grouped(flat.to(book.codes.device))).float().cpu())
+                    found[point.site].append(book.normalise(point.in_basis(flat.to(book.codes.device))).float().cpu())
     return {site: torch.cat(parts) for site, parts in found.items()}
 
 

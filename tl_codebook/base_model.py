@@ -1,0 +1,124 @@
+"""The base model inside a checkpoint: its configuration, its weights, and how it is built again from both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tl_codebook import hosts
+from tl_codebook.building import bridge_around, hooked_from_config, native_bridge
+from tl_codebook.errors import CheckpointError, ConfigError
+
+__all__ = ["build", "describe", "freeze_", "frozen_zeros", "put_weights_", "weights_of"]
+
+
+def _parameters(model: Any) -> dict[str, Tensor]:
+    return {name: value for name, value in model.named_parameters() if ".codebook." not in name}
+
+
+def frozen_zeros(model: Any) -> list[str]:
+    """Return the base parameters that are zero and not trained: those that TransformerLens adds to what Hugging Face has (`load_hf`)."""
+    return [name for name, value in _parameters(model).items() if not value.requires_grad and not bool(value.any())]
+
+
+def weights_of(model: Any) -> dict[str, Tensor]:
+    """Return the weights of the base model, without codebooks and without what its configuration already says."""
+    if hosts.is_bridge(model):
+        return {name: value for name, value in model.state_dict().items() if ".codebook." not in name}
+    return _parameters(model)
+
+
+def _plain(value: Any) -> Any:
+    """Turn a configuration into JSON values; what JSON has no word for is left out and decided anew on loading."""
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, str | int | float | bool) or value is None else str(value)
+
+
+def _unplain(value: Any, folder: Path) -> Any:
+    if isinstance(value, dict) and set(value) == {"dtype"}:
+        dtype = getattr(torch, str(value["dtype"]), None)
+        if not isinstance(dtype, torch.dtype):
+            raise CheckpointError(f"{folder}: the model configuration names the dtype {value['dtype']!r}, which torch does not have.")
+        return dtype
+    return value
+
+
+def describe(model: Any) -> dict[str, Any]:
+    """Return the kind of host and its configuration as JSON values; refuse what no file can hold."""
+    if not hosts.is_bridge(model):
+        fields = {key: value for key, value in model.cfg.to_dict().items() if key not in ("device", "tokenizer_name")}
+        return {"host": "hooked", "config": _plain(fields)}
+    inner = model.original_model
+    if type(inner).__name__ == "NativeModel":
+        return {"host": "native", "config": _plain({key: value for key, value in model.cfg.to_dict().items() if key != "device"})}
+    if getattr(model, "_weights_processed", False):
+        raise CheckpointError(
+            "the weights of this TransformerBridge were processed (enable_compatibility_mode), and no file format of theirs exists. Save "
+            "the codes alone: Codebooks.of(model).save_pretrained(folder)."
+        )
+    dtype = next(iter(weights_of(model).values())).dtype  # a model that was cast keeps the old one in its configuration
+    return {"host": "bridge", "config": _plain(inner.config.to_dict() | {"dtype": dtype})}
+
+
+def build(host: Any, fields: Mapping[str, Any], tokenizer: Any, folder: Path) -> Any:
+    """Build a model with fresh weights from what `describe` said of it."""
+    config = {key: _unplain(value, folder) for key, value in fields.items()}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            if host == "hooked":
+                return hooked_from_config(config | {"device": "cpu"}, tokenizer)
+            if host == "native":
+                return native_bridge(config | {"device": "cpu"}, tokenizer)
+            if host == "bridge":
+                from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+                kind = str(config.get("model_type"))
+                if kind not in CONFIG_MAPPING or "auto_map" in config:
+                    raise CheckpointError(
+                        f"{folder}: the model configuration is of type {kind!r}"
+                        f"{' and asks for code of its own (auto_map)' if 'auto_map' in config else ''}. Only types that transformers has "
+                        "are loaded, and no code."
+                    )
+                hf_config = CONFIG_MAPPING[kind].from_dict(config)
+                dtype = getattr(hf_config, "dtype", None) or torch.float32
+                hf_model = AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager", dtype=dtype)
+                return bridge_around(hf_model, tokenizer)
+    except (CheckpointError, ConfigError):
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder}: no {host} model can be built from its configuration ({type(error).__name__}: {error})."
+        ) from error
+    raise CheckpointError(f"{folder}: its host is {host!r}. Known hosts: hooked, bridge, native.")
+
+
+@torch.no_grad()
+def put_weights_(model: Any, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Fill the weights of a model in; nothing may be missing or left over."""
+    own = weights_of(model)
+    if set(own) != set(weights):
+        missing, extra = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
+        raise CheckpointError(f"{folder}: the weights lack {missing[:5]} and have {extra[:5]} too many for this TransformerLens' model.")
+    for name, value in own.items():
+        if value.shape != weights[name].shape:
+            raise CheckpointError(f"{folder}: {name!r} has shape {tuple(weights[name].shape)}, the model needs {tuple(value.shape)}.")
+    for name, value in own.items():
+        value.copy_(weights[name])
+
+
+def freeze_(model: Any, names: Any, folder: Path) -> None:
+    """Freeze what `load_hf` froze: zeros that TransformerLens adds, and that a model trained further must not move if it is to go back."""
+    own = _parameters(model)
+    if not isinstance(names, list) or not all(isinstance(name, str) and name in own for name in names):
+        raise CheckpointError(f"{folder}: its frozen parameters are {names!r:.200}, and not all are in the model. Copy it again.")
+    for name in names:
+        own[name].requires_grad_(False)
