@@ -17,7 +17,7 @@ from tl_codebook import CodebookConfig, Codebooks
 from tl_codebook.basis import fingerprint
 from tl_codebook.contexts import count_usage
 from tl_codebook.convert.huggingface import load_hf
-from tl_codebook.errors import BasisMismatchError, BasisWarning, ShapeError
+from tl_codebook.errors import BasisMismatchError, BasisWarning, CheckpointError, ShapeError
 from tl_codebook.interventions import ban_code, force_code, patch_codes
 
 BIASED = [f"{host}-{architecture}" for host in HOSTS for architecture in ("gpt2", "neox", "neo")]
@@ -418,3 +418,21 @@ def test_detached_codes_need_their_basis_to_attach_again(tmp_path):
     assert_silent(fresh, kept)
     assert torch.equal(run(fresh)[0], run(plain)[0])
     assert_silent(make(FIRST), dict(tlc.detach(fresh)))  # no offset held them there
+
+
+def test_kmeans_starts_in_the_basis_of_the_codes():
+    plain, held = both()
+    rows = torch.arange(3, 51).reshape(4, 12)
+    for model in (plain, held):
+        tlc.initialise_codes_(model, rows, n_iterations=2, progress=False)
+    there, here = (tlc.sites(model)[Z].codebook.codes for model in (plain, held))
+    torch.testing.assert_close(here, there, rtol=0, atol=1e-4)
+
+
+def test_codes_held_by_an_offset_are_not_exported(tmp_path):
+    processed_model = processed(FIRST)
+    books = books_on(processed_model)
+    model = attached(make(FIRST), books)
+    with pytest.raises(CheckpointError, match=r"hook_z' were trained on weights processed otherwise .* Attach them to the model"):
+        tlc.export_hf(model, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()

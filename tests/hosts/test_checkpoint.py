@@ -327,3 +327,28 @@ def test_from_pretrained_downloads_from_the_hub_by_name(tmp_path, monkeypatch):
 def test_a_hub_name_without_a_network(monkeypatch):
     with pytest.raises(CheckpointError, match=r"'someone/not-here' is no folder here, and the hub did not give it"):
         Codebooks.from_pretrained("someone/not-here", local_files_only=True)
+
+
+def test_what_load_hf_froze_stays_frozen(kind, tmp_path):
+    if kind.startswith("native"):
+        pytest.skip("not made from a Hugging Face model")
+    model = host_of(kind)
+    tlc.attach(model, "mlp_out", n_codes=8)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    tlc.save(model, tmp_path / "model")
+    again = tlc.load(tmp_path / "model")
+    assert {name for name, parameter in again.named_parameters() if not parameter.requires_grad} == frozen
+    if kind == "hooked-gpt2":
+        assert frozen == {"unembed.b_U"}
+
+
+def test_a_frozen_parameter_that_is_not_there(tmp_path):
+    model = host_of(FIRST)
+    tlc.attach(model, "mlp_out", n_codes=8)
+    tlc.save(model, tmp_path / "model")
+    path = tmp_path / "model" / "tl_codebook.json"
+    manifest = json.loads(path.read_text())
+    manifest["model"]["frozen"] = ["blocks.9.nothing"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"frozen parameters are \['blocks.9.nothing'\]"):
+        tlc.load(tmp_path / "model")

@@ -15,22 +15,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tl_codebook.codebook import Codebook, CodebookConfig
+from tl_codebook.convert.original_config import PLACES
 from tl_codebook.interventions import ban_code, force_code
 from tl_codebook.names import Address, codes_hook
 
 Hook = tuple[str, Callable[..., Any]]
 
-SITES = {"attn_preproj": "z", "attn": "attn_out", "mlp": "mlp_out"}
-"""Where the original puts a codebook -> our site."""
-
-MODULES = {
-    ("gpt2", "attn"): "model.transformer.h.{layer}.attn.codebook_layer.",
-    ("gpt2", "mlp"): "model.transformer.h.{layer}.mlp.codebook_layer.",
-    ("neo", "mlp"): "model.transformer.h.{layer}.mlp.codebook_layer.",
-    ("neox", "attn_preproj"): "model.gpt_neox.layers.{layer}.attention.codebook_layer.",
-    ("neox", "mlp"): "model.gpt_neox.layers.{layer}.mlp.codebook_layer.",
-}
-"""Base and place -> where the checkpoint keeps the codebook."""
+SITES = {place: sites[0] for place, sites in PLACES.items()}
+"""Where the original puts a codebook -> our site (the first of three for qkv)."""
 
 TENSORS = {"codes": "codebook.weight", "norm_weight": "ln.weight", "norm_bias": "ln.bias"}
 """Our parameter -> the original's, once per group."""

@@ -12,17 +12,17 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.parity.golden import MODULES, SITES, Case, assert_floats, assert_ids, paper_book, parameters, place_of, read_case
+from tests.parity.golden import Case, assert_floats, assert_ids, place_of, read_case
 from tests.tiny import HOSTS
 from tl_codebook.attachment import attach
 from tl_codebook.basis import fingerprint
 from tl_codebook.checkpoint import Codebooks
+from tl_codebook.convert.codebook_features import read_codebook_features
 from tl_codebook.convert.huggingface import load_hf
 from tl_codebook.errors import BasisMismatchError, BasisWarning
-from tl_codebook.names import codes_hook, hook_name
+from tl_codebook.names import codes_hook
 
 CASES = ["gpt2__mlp_k5", "neo__mlp_k5", "neox__attn_preproj_g4_k8"]
 OPTIONS = [
@@ -57,18 +57,9 @@ def conversion(request, shared):
     host, _, name = request.param.partition("-")
     case = read_case(shared, f"conversion/{name}")
     data = {key: value.long() if "/ids/" in key else value for key, value in case.data.items()}
-    base, config = case.spec["base"], case.spec["config_kwargs"]
-    model = load_hf(shared(f"golden/bases/{base}"), host=host)
-    weights = load_file(shared(f"golden/wrap/{name}/checkpoint/model.safetensors"))
-    place = config["codebook_at"]
-    n_groups = 4 if config["codebook_type"] == "group" else 1
-    books = {
-        hook_name(layer, SITES[place]): paper_book(
-            parameters(weights, MODULES[base, place].format(layer=layer), n_groups), config["k_codebook"], config["similarity_metric"]
-        )
-        for layer in range(2)
-    }
-    return Conversion(Case(case.spec, data, case.folder), model, Codebooks(books, fingerprint(model, list(books))))
+    original = read_codebook_features(shared(f"golden/wrap/{name}/checkpoint"), shared(f"golden/bases/{case.spec['base']}"))
+    model = load_hf(original.hf_model, original.tokenizer, host)
+    return Conversion(Case(case.spec, data, case.folder), model, Codebooks(original.books, fingerprint(model, list(original.books))))
 
 
 def check(conversion: Conversion, model: Any, *, centred: bool, shifted: bool, logits: Tensor | None = None) -> None:

@@ -349,3 +349,24 @@ def test_a_safetensors_file_of_someone_else_is_read(tmp_path):
         "bytes": (tmp_path / "x.safetensors").stat().st_size,
     }
     assert files.read_tensors(tmp_path, entry, SHAPES).keys() == TENSORS.keys()
+
+
+def test_one_writer_at_a_time(tmp_path):
+    import threading
+
+    order, inside = [], threading.Event()
+
+    def second():
+        inside.wait()
+        with files.one_writer(tmp_path):
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    with files.one_writer(tmp_path):
+        inside.set()
+        thread.join(timeout=0.3)
+        assert thread.is_alive()
+        order.append("first")
+    thread.join(timeout=30)
+    assert order == ["first", "second"]
