@@ -93,7 +93,11 @@ def test_help_of_a_verb(verb, capsys):
     with pytest.raises(SystemExit) as done:
         main([verb, "--help"])
     assert done.value.code == 0
-    says = {"train": "Hugging Face folder or hub name", "bench": "Groups, width of a group, codes, k: 12x64x10000x8"}
+    says = {
+        "train": "Hugging Face folder or hub name",
+        "convert": "the model that codebook-features wrapped: folder or hub name",
+        "bench": "Groups, width of a group, codes, k: 12x64x10000x8",
+    }
     assert says[verb] in " ".join(capsys.readouterr().out.split())
 
 
