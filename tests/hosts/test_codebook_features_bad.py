@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tl_codebook import load_codebook_features
-from tl_codebook.errors import CheckpointError
+from tl_codebook.errors import CheckpointError, CheckpointWarning
 
 CASES = Path(__file__).resolve().parents[1] / "parity" / "cases"
 BASE = CASES / "gpt2_heads_and_mlp" / "base"
@@ -120,7 +120,7 @@ def test_no_weights_at_all(checkpoint, base):
         (lambda t: t.update({"model.transformer.h.7.ln_1.weight": torch.zeros(8)}), ["layer 7", "2 layers"]),
         (lambda t: t.update({CODES: torch.zeros(9, 5)}), ["'mlp' of layer 0", "do not fit each other"]),
         (lambda t: t.update({CODES: torch.zeros(7, 8)}), [r"\(1, 7, 8\)", r"\(1, 9, 8\)"]),
-        (lambda t: t.update({CODES: torch.zeros(9, 8, dtype=torch.long)}), ["int64", "floating-point"]),
+        (lambda t: t.update({CODES: torch.zeros(9, 8, dtype=torch.long)}), ["int64", "Floating-point"]),
         (lambda t: t[CODES].fill_(float("nan")), ["NaN or Inf", "allow_nonfinite=True"]),
         (lambda t: t.update({"model.transformer.ln_f.weight": torch.zeros(3)}), [r"'transformer\.ln_f\.weight' has shape \(3,\)"]),
         (lambda t: [t.pop(k) for k in list(t) if "h.1.mlp.codebook_layer" in k], [r"missing \(layer, place\) \[\(1, 'mlp'\)\]"]),
@@ -193,7 +193,7 @@ def test_a_base_that_is_none(checkpoint, base):
 
 def test_an_architecture_that_the_original_does_not_wrap(checkpoint, base):
     edit_config(base, model_type="opt")
-    refused(checkpoint, base, "opt", "gpt2, gpt_neox and gpt_neo")
+    refused(checkpoint, base, "opt", "gpt2, gpt_neox, gpt_neo")
 
 
 def test_a_link_out_of_the_folder(checkpoint, base, tmp_path):
@@ -208,6 +208,90 @@ def test_shards_that_name_files_elsewhere(checkpoint, base):
     (checkpoint / "model.safetensors").rename(checkpoint.parent / "model.safetensors")
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, "../model.safetensors")}))
     refused(checkpoint, base, r"'\.\./model\.safetensors'")
+
+
+def test_two_codebooks_at_one_place():
+    case = CASES / "gpt2_mlp_mid_twice"
+    refused(case / "checkpoint", case / "base", "2 codebooks at 'mlp_mid'", "No site holds two")
+
+
+def test_a_missing_codebook_beside_an_idle_one(tmp_path):
+    case = CASES / "gpt2_idle_mlp"
+    folder = Path(shutil.copytree(case / "checkpoint", tmp_path / "checkpoint"))
+    edit_weights(folder, lambda t: [t.pop(name) for name in list(t) if name.startswith("model.transformer.h.0.codebook_layer")])
+    refused(folder, case / "base", r"missing \(layer, place\) \[\(0, 'transformer_block'\)\]")
+
+
+def test_a_place_that_the_original_skips_is_said(checkpoint, base):
+    edit_config(checkpoint, codebook_at=["attn_preproj", "mlp", "nowhere"], k_codebook=[3, 2, 1], num_codes=[9, 9, 9],
+                num_codebooks=[2, 1, 1], codebook_type=["group", "vanilla", "vanilla"])  # fmt: skip
+    with pytest.warns(CheckpointWarning, match="'nowhere', which the original does not know and skips"):
+        _, books = load_codebook_features(checkpoint, base)
+    assert len(books) == 4
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.transformer.h.0.mlp",
+        "model.transformer.h.0.attn.c_proj.weight.x",
+        "model.transformer.h.0.attn.codebook_layer",
+        "model.transformer.h.0.mlp.codebook_layer.codebook",
+        "model.transformer.h.0.mlp.module_layer.act",
+        "model.transformer.h.0.mlp.module_layer.act.codebook_layer",
+        "model.transformer.h.0.module_layer",
+    ],
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_name_that_is_tensor_and_folder(checkpoint, base, name, first):
+    def add(tensors):
+        others = dict(tensors)
+        tensors.clear()
+        tensors.update({name: torch.zeros(2)} | others if first else others | {name: torch.zeros(2)})
+
+    edit_weights(checkpoint, add)
+    refused(checkpoint, base, r"model\.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("which", ["model.transformer.wte.weight", "model.transformer.h.1.ln_1.weight", CODES])
+def test_weights_that_are_no_floats(checkpoint, base, dtype, which):
+    edit_weights(checkpoint, lambda t: t.update({which: t[which].to(dtype)}))
+    refused(checkpoint, base, r"model\.safetensors", "Floating-point weights")
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"n_head": 3}, "n_heads|divisible|num_heads"),
+        ({"n_head": 0}, "num_attention_heads=0"),
+        ({"n_layer": "x"}, "n_layer|num_hidden_layers"),
+        ({"n_embd": -8}, "hidden_size=-8"),
+        ({"vocab_size": 10**12}, r"the base has \(1000000000000, 8\)"),
+        ({"activation_function": "foo"}, "foo"),
+        ({"layer_norm_epsilon": None}, "layer_norm_epsilon|base"),
+        ({"model_type": "llama"}, "'llama'"),
+    ],
+)
+def test_a_base_that_cannot_be(checkpoint, base, changes, text):
+    edit_config(base, **changes)
+    refused(checkpoint, base, "base", text)
+
+
+def test_the_checkpoint_as_its_own_base(checkpoint):
+    refused(checkpoint, checkpoint, "is a checkpoint of codebook-features itself")
+
+
+@pytest.mark.parametrize("name", [Path("nowhere"), "~/nowhere/at/all", "x" * 300, "a\0b"])
+def test_a_checkpoint_that_is_not_there(base, name):
+    refused(name, base, "folder")
+
+
+def test_loaded_under_inference_mode_it_can_be_trained(checkpoint, base):
+    with torch.inference_mode():
+        model, books = load_codebook_features(checkpoint, base)
+    model.train()(torch.tensor([[3, 4, 5]]), return_type="loss").backward()
+    assert all(book.codes.grad.abs().sum() > 0 for book in books.values())
 
 
 def test_shards(checkpoint, base):

@@ -61,6 +61,8 @@ RECIPES = {
     "gpt2_attn_plus_mlp_euclidean": ("gpt2", dict(codebook_at="attn_plus_mlp", k_codebook=3, similarity_metric="euclidean")),
     "gpt2_idle_mlp": ("gpt2", dict(codebook_at=["transformer_block", "mlp"], k_codebook=2)),
     "gpt2_replaced_attn": ("gpt2", dict(codebook_at=["attn", "attn_preproj"], k_codebook=[1, 2])),
+    "gpt2_heads_twice": ("gpt2", dict(codebook_at=["attn_preproj", "attn_preproj"], k_codebook=[1, 3])),
+    "gpt2_mlp_mid_twice": ("gpt2", dict(codebook_at=["mlp_mid", "mlp_mid"], k_codebook=[1, 2])),
     "gpt2_last_layer_mlp_mid_bin": ("gpt2", dict(codebook_at=["mlp_mid", "mlp"], k_codebook=2, layers_to_snap=[-1])),
     "gpt2_left_padding": ("gpt2", dict(codebook_at="mlp", k_codebook=2)),
     "neox_heads_qkv": ("neox", dict(codebook_at="qkv", codebook_type="group", num_codebooks=2, k_codebook=2)),

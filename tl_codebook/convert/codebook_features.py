@@ -12,17 +12,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tl_codebook import files
 from tl_codebook.attachment import attach
 from tl_codebook.codebook import Codebook, CodebookConfig
 from tl_codebook.convert.huggingface import load_hf
 from tl_codebook.convert.layouts import Layout, layout_of
-from tl_codebook.convert.original_checkpoint import Parts, read_config, read_weights, split_weights
+from tl_codebook.convert.original_checkpoint import Parts, check_dtype, read_config, read_weights, split_weights
 from tl_codebook.convert.original_config import PLACES, OriginalConfig
+from tl_codebook.convert.pretrained import is_local, read_tokenizer
 from tl_codebook.errors import CheckpointError, CheckpointWarning, ConfigError
 from tl_codebook.names import hook_name
 
 __all__ = ["OriginalModel", "load_codebook_features", "read_codebook_features"]
 
+_WRAPPED = ("gpt2", "gpt_neox", "gpt_neo")
 _REPLACED_BY = {"attn_preproj": ("attn", "qkv"), "attn_plus_mlp": tuple(PLACES)}
 """A place listed later in `codebook_at` makes a new module, and with it drops the codebooks that were put on the old one."""
 
@@ -66,10 +69,11 @@ def load_codebook_features(
 
     Source: Tamkin et al. 2023; codebook-features 0.1.2.
     """
-    original = read_codebook_features(checkpoint, base, tokenizer=tokenizer, allow_nonfinite=allow_nonfinite)
-    model = load_hf(original.hf_model, original.tokenizer, host, device=device)
-    if original.books:
-        attach(model, original.books)
+    with torch.inference_mode(False):  # or what is loaded could never be trained
+        original = read_codebook_features(checkpoint, base, tokenizer=tokenizer, allow_nonfinite=allow_nonfinite)
+        model = load_hf(original.hf_model, original.tokenizer, host, device=device)
+        if original.books:
+            attach(model, original.books)
     return model, original.books
 
 
@@ -78,11 +82,8 @@ def read_codebook_features(checkpoint: str | Path, base: Any, *, tokenizer: Any 
     folder = _local(checkpoint)
     config = read_config(folder)
     hf_config = _config_of(base)
-    try:
-        layout = layout_of(str(getattr(hf_config, "model_type", None)))
-    except ConfigError as error:
-        raise CheckpointError(f"{base}: {error} codebook-features wraps gpt2, gpt_neox and gpt_neo.") from error
-    n_layers, n_heads = int(hf_config.num_hidden_layers), int(hf_config.num_attention_heads)
+    layout = layout_of(hf_config.model_type)
+    n_layers, n_heads = hf_config.num_hidden_layers, hf_config.num_attention_heads
     tensors, path = read_weights(folder)
     parts = split_weights(tensors, layout, n_layers, path)
     hf_model = _model_of(hf_config, parts, path)
@@ -92,8 +93,9 @@ def read_codebook_features(checkpoint: str | Path, base: Any, *, tokenizer: Any 
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
     _check_places(config, layers, parts, path)
     books: dict[str, Codebook] = {}
+    last = {place: at for at, place in enumerate(config.codebook_at)}  # of a place listed twice, the second codebook replaced the first
     for (layer, place), found in sorted(parts.codebooks.items()):
-        at = config.codebook_at.index(place)
+        at = last[place]
         what = f"{path}: the codebook at {place!r} of layer {layer}"
         n_groups = groups[at] * (3 if place == "qkv" else 1)
         width = _width(place, hf_config, layout, parts, layer)
@@ -120,16 +122,27 @@ def read_codebook_features(checkpoint: str | Path, base: Any, *, tokenizer: Any 
             stacklevel=3,
         )
     if tokenizer is None:
-        tokenizer = next((str(place) for place in (folder, base) if _has_tokenizer(place)), None)
-    return OriginalModel(config, hf_model, tokenizer, books, parts.idle)
+        places = [place for place in (folder, base) if isinstance(place, str | Path)]
+        found_there = (read_tokenizer(place, folder, int(hf_config.vocab_size), required=False) for place in places)
+        tokenizer = next((one for one in found_there if one is not None), None)
+    return OriginalModel(config, hf_model, tokenizer, books, tuple(parts.idle))
 
 
-def _local(checkpoint: str | Path) -> Path:
-    folder = Path(checkpoint)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise CheckpointError(f"{folder} is a file. Give the folder that it is in.")
+def _local(checkpoint: Any) -> Path:
+    if not isinstance(checkpoint, str | Path):
+        raise CheckpointError(
+            f"the checkpoint is a {type(checkpoint).__name__}. Give the folder that save_pretrained wrote, or a hub name."
+        )
+    folder = Path(checkpoint).expanduser()
+    try:
+        if folder.is_dir():
+            return folder
+        if folder.exists() or is_local(checkpoint):
+            raise CheckpointError(
+                f"{checkpoint} is {'a file' if folder.exists() else 'not there'}. Give the folder that save_pretrained wrote."
+            )
+    except (OSError, ValueError) as error:  # a name that no file can have
+        raise CheckpointError(f"{str(checkpoint)[:80]!r} is no name of a folder ({error}).") from error
     from huggingface_hub import snapshot_download
 
     try:
@@ -139,29 +152,42 @@ def _local(checkpoint: str | Path) -> Path:
         raise CheckpointError(f"{str(checkpoint)!r} is no folder here, and the hub did not give it ({error}).") from error
 
 
-def _has_tokenizer(place: Any) -> bool:
-    if not isinstance(place, str | Path):
-        return False
-    folder = Path(place)
-    return not folder.exists() or any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"))
-
-
 def _config_of(base: Any) -> Any:
-    """Return the configuration of the base as one of a causal language model."""
+    """Return the configuration of the base: of a type that codebook-features wraps, its sizes whole numbers."""
     if not isinstance(base, str | Path):
         config = getattr(base, "config", base)
         if not hasattr(config, "model_type"):
             raise CheckpointError(f"the base is a {type(base).__name__}. Give a Hugging Face model, its folder, or its hub name.")
-        return copy.deepcopy(config)
+        config = copy.deepcopy(config)
+    else:
+        config = _read_base(base)
+    if config.model_type not in _WRAPPED:
+        whose = base if isinstance(base, str | Path) else f"a {type(base).__name__}"
+        raise CheckpointError(
+            f"the base, {whose}, is of type {config.model_type!r}, and codebook-features wraps {', '.join(_WRAPPED)}. Give the model that "
+            "was wrapped."
+        )
+    for name in ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"):
+        value = getattr(config, name, None)
+        if not isinstance(value, int) or value < 1:
+            raise CheckpointError(f"the base says {name}={value!r}. Give the model that was wrapped, with the config.json it had.")
+    return config
+
+
+def _read_base(base: str | Path) -> Any:
     from transformers import AutoConfig
 
-    folder = Path(base)
-    if folder.exists() and not (folder / "config.json").is_file():
+    folder = Path(base).expanduser()
+    local = is_local(base)
+    if local and not (folder / "config.json").is_file():
         raise CheckpointError(f"the base {base} holds no config.json. Give a folder written by save_pretrained, or a hub name.")
+    if local and files.read_json(folder / "config.json", again="Copy it again.").get("model_type") == "codebook":
+        raise CheckpointError(f"the base {base} is a checkpoint of codebook-features itself. Give the model that it wrapped.")
     try:
-        return AutoConfig.from_pretrained(str(base), local_files_only=folder.exists(), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"the base {base}: no configuration could be loaded from it ({error}).") from error
+        return AutoConfig.from_pretrained(str(folder if local else base), local_files_only=local, trust_remote_code=False)
+    except Exception as error:  # what a wrong value raises is not one class
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"the base {base}: no configuration could be loaded from it ({reason}). Correct its config.json.") from error
 
 
 def _model_of(config: Any, parts: Parts, path: Path) -> Any:
@@ -169,9 +195,18 @@ def _model_of(config: Any, parts: Parts, path: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     weights = dict(parts.base)
-    dtype = next(iter(weights.values())).dtype if weights else torch.float32
-    with torch.random.fork_rng(devices=[]):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype)
+    dtype = torch.float32
+    for i, (name, value) in enumerate(weights.items()):
+        check_dtype(value, f"{path}: {name!r}")
+        dtype = torch.promote_types(dtype, value.dtype) if i else value.dtype
+    try:
+        with torch.device("meta"):  # names and shapes first, without the memory that a wrong base might ask for
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"the base: no model can be built from its configuration ({reason}). Give the base that was wrapped."
+        ) from error
     own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     if "embed_out.weight" in weights and "embed_out.weight" not in own:  # GPT-NeoX: transformers 5 calls it lm_head
         weights["lm_head.weight"] = weights.pop("embed_out.weight")
@@ -199,10 +234,11 @@ def _model_of(config: Any, parts: Parts, path: Path) -> Any:
                 f"{path}: {name!r} has shape {tuple(weights[name].shape)}, the base has {tuple(own[name].shape)}. Give the base that was "
                 "wrapped."
             )
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype)
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
     _check_rotary(model, parts.rotary, path)
-    with torch.no_grad():
-        for name in needed:
-            own[name].copy_(weights[name])
     return model.eval()
 
 
@@ -218,13 +254,21 @@ def _check_rotary(model: Any, rotary: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _check_places(config: OriginalConfig, layers: tuple[int, ...], parts: Parts, path: Path) -> None:
+    unknown = [place for place in config.codebook_at if place not in PLACES]
+    if unknown:
+        warnings.warn(
+            f"config.json beside {path} puts codebooks at {', '.join(map(repr, unknown))}, which the original does not know and skips, as "
+            f"is done here. It knows {', '.join(PLACES)}.",
+            CheckpointWarning,
+            stacklevel=4,
+        )
     expected = {(layer, place) for place in config.codebook_at if place in PLACES for layer in layers}
     extra = sorted(set(parts.codebooks) - expected)
+    idle = {(layer, place) for layer, places in parts.idle.values() for place in places}
     missing = []
-    for layer, place in sorted(expected - set(parts.codebooks)):
+    for layer, place in sorted(expected - set(parts.codebooks) - idle):
         later = config.codebook_at[config.codebook_at.index(place) + 1 :]
-        replaced = any(place in _REPLACED_BY.get(other, ()) for other in later)
-        if not replaced and not any(f".{layer}." in name for name in parts.idle):
+        if not any(place in _REPLACED_BY.get(other, ()) for other in later):
             missing.append((layer, place))
     if extra or missing:
         raise CheckpointError(

@@ -22,7 +22,7 @@ from tl_codebook.convert.layouts import Layout
 from tl_codebook.convert.original_config import OriginalConfig
 from tl_codebook.errors import CheckpointError, ConfigError
 
-__all__ = ["Parts", "read_config", "read_weights", "split_weights"]
+__all__ = ["Parts", "check_dtype", "read_config", "read_weights", "split_weights"]
 
 _HUGGING_FACE = frozenset(
     {
@@ -180,8 +180,9 @@ class Parts:
     """The tensors of the base model, by their Hugging Face names."""
     codebooks: dict[tuple[int, str], dict[str, Tensor]]
     """Layer and place -> ``codes`` [group code d_group], ``norm_weight`` and ``norm_bias`` [group d_group]."""
-    idle: tuple[str, ...]
-    """Codebooks that are in the file and never run, because a wrapper put on earlier hides the module that they were put on."""
+    idle: dict[str, tuple[int, tuple[str, ...]]]
+    """Codebooks that are in the file and never run, because a wrapper put on earlier hides the module that they were put on: the name of
+    each -> its layer, and the places that it may have been meant for."""
     rotary: dict[str, Tensor]
     """Saved tables of rotary frequencies, by name."""
 
@@ -212,9 +213,9 @@ def split_weights(tensors: Mapping[str, Tensor], layout: Layout, n_layers: int, 
                 f"{path}: {full!r} belongs to layer {match[1]}, the base has {n_layers} layers. Give the base it was trained on."
             )
         else:
-            _put(trees[int(match[1])], match[2].split("."), tensor)
+            _put(trees[int(match[1])], match[2].split("."), tensor, f"{path}: {full!r}")
     books: dict[tuple[int, str], dict[str, Tensor]] = {}
-    idle: list[str] = []
+    idle: dict[str, tuple[int, tuple[str, ...]]] = {}
     for layer, tree in trees.items():
         running, rest = _open_block(tree, layout)
         for place, found in running.items():
@@ -225,44 +226,71 @@ def split_weights(tensors: Mapping[str, Tensor], layout: Layout, n_layers: int, 
             books[layer, place] = _stack(found[0], f"{path}: the codebook at {place!r} of layer {layer}")
         for inner, tensor in _leaves(rest):
             if "codebook_layer" in inner:
-                book = f"{layout.block(layer)}.{inner.partition('codebook_layer')[0]}codebook_layer"
-                if book not in idle:
-                    idle.append(book)
+                module = inner.partition("codebook_layer")[0]
+                idle[f"{layout.block(layer)}.{module}codebook_layer"] = layer, _meant_for(module, layout)
             else:  # what an idle wrapper holds is the very tensor that the running module has: one of the two names was saved
                 base.setdefault(f"{layout.block(layer)}.{inner.replace('module_layer.', '')}", tensor)
-    return Parts(base, books, tuple(idle), rotary)
+    return Parts(base, books, idle, rotary)
 
 
-def _put(tree: Tree, steps: list[str], tensor: Tensor) -> None:
+def _meant_for(module: str, layout: Layout) -> tuple[str, ...]:
+    """Return the places that the codebook of a module, named by its path in the block, may have been meant for."""
+    places = {
+        "": ("transformer_block", "attn_plus_mlp"),
+        layout.attn: ("attn", "attn_preproj"),
+        f"{layout.attn}.{layout.qkv[0]}": ("qkv",),
+        layout.mlp: ("mlp",),
+        f"{layout.mlp}.act": ("mlp_mid",),
+    }
+    return places.get(module.replace("module_layer.", "").rstrip("."), ())
+
+
+def check_dtype(tensor: Tensor, what: str) -> None:
+    """Raise `CheckpointError` for a tensor that holds no plain floating-point numbers."""
+    if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        raise CheckpointError(f"{what} is {tensor.dtype}. Floating-point weights (32, 16 or 64 bits) were expected: copy the file again.")
+
+
+def _put(tree: Tree, steps: list[str], tensor: Tensor, what: str) -> None:
     for step in steps[:-1]:
         tree = tree.setdefault(step, {})
+        if not isinstance(tree, dict):
+            raise CheckpointError(f"{what} lies under {step!r}, which is a tensor itself. Copy the file again.")
+    if steps[-1] in tree:
+        raise CheckpointError(f"{what} is a tensor, and other tensors lie under its name. Copy the file again.")
     tree[steps[-1]] = tensor
 
 
-def _unwrap(node: Tree) -> tuple[Tree, list[Tree]]:
+def _child(node: Tree, name: str) -> Tree:
+    child = node.get(name)
+    return child if isinstance(child, dict) else {}
+
+
+def _unwrap(node: Tree) -> tuple[Tree, list[Any]]:
     """Return the module inside the wrappers, and their codebooks, the innermost (which runs first) first; both leave the tree."""
-    met: list[Tree] = []
-    while "module_layer" in node:
+    met: list[Any] = []
+    while isinstance(node.get("module_layer"), dict):
         if "codebook_layer" in node:
             met.insert(0, node.pop("codebook_layer"))
         node = node["module_layer"]
     return node, met
 
 
-def _open_block(tree: Tree, layout: Layout) -> tuple[dict[str, list[Tree]], Tree]:
+def _open_block(tree: Tree, layout: Layout) -> tuple[dict[str, list[Any]], Tree]:
     """Take the codebooks that run out of the tree of a block, by place; return them and what is left."""
-    found: dict[str, list[Tree]] = {}
+    found: dict[str, list[Any]] = {}
     block, found["transformer_block"] = _unwrap(tree)
     found["attn_plus_mlp"] = [block.pop("codebook_layer")] if "codebook_layer" in block else []
     attn, found["attn"] = block, []
     for step in layout.attn.split("."):
-        attn, found["attn"] = _unwrap(attn.get(step, {}))
+        attn, found["attn"] = _unwrap(_child(attn, step))
     found["attn_preproj"] = [attn.pop("codebook_layer")] if "codebook_layer" in attn else []
     if layout.fused is not None:
-        _, found["qkv"] = _unwrap(attn.get(layout.qkv[0], {}))
-    mlp, found["mlp"] = _unwrap(block.get(layout.mlp, {}))
-    act = mlp.get("act", {})  # it has no tensors of its own, so nothing says module_layer there
-    found["mlp_mid"] = [act.pop("codebook_layer")] if "codebook_layer" in act else []
+        _, found["qkv"] = _unwrap(_child(attn, layout.qkv[0]))
+    mlp, found["mlp"] = _unwrap(_child(block, layout.mlp))
+    act, found["mlp_mid"] = _unwrap(_child(mlp, "act"))
+    if "codebook_layer" in act:  # the activation has no tensors, so the innermost wrapper has nothing called module_layer
+        found["mlp_mid"].insert(0, act.pop("codebook_layer"))
     return {place: books for place, books in found.items() if books}, tree
 
 
@@ -276,9 +304,11 @@ def _leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
             yield f"{prefix}{name}", value
 
 
-def _stack(book: Tree, what: str) -> dict[str, Tensor]:
+def _stack(book: Any, what: str) -> dict[str, Tensor]:
     """Return the tensors of one codebook, the groups of a grouped one stacked."""
-    inner = book.get("codebook", {})
+    if not isinstance(book, dict):
+        raise CheckpointError(f"{what} is a tensor itself. Copy it again.")
+    inner = _child(book, "codebook")
     plain = "ln" in book or not inner
     groups = [book] if plain else [inner.get(str(i)) for i in range(len(inner))]
     flat = [dict(_leaves(group)) if isinstance(group, dict) else {} for group in groups]
@@ -295,6 +325,5 @@ def _stack(book: Tree, what: str) -> dict[str, Tensor]:
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
         raise CheckpointError(f"{what} has tensors that do not fit each other: {shapes}. Copy it again.")
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{what}: {names[name]} is {tensor.dtype}, a codebook holds floating-point numbers. Copy it again.")
+        check_dtype(tensor, f"{what}: {names[name]}")
     return tensors

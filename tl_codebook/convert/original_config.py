@@ -92,7 +92,7 @@ class OriginalConfig:
     @property
     def replace_codes(self) -> bool:
         """Whether the original replaced dead codes while training."""
-        return int(self.codebook_kwargs.get("replace_after_steps", 0)) > 0
+        return bool(self.codebook_kwargs.get("replace_after_steps", 0) > 0)
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> OriginalConfig:
@@ -118,6 +118,9 @@ class OriginalConfig:
             values["layers_to_snap"] = tuple(layers)
         if values.get("codebook_kwargs") is None:
             values["codebook_kwargs"] = {}
+        steps = values["codebook_kwargs"].get("replace_after_steps", 0) if isinstance(values["codebook_kwargs"], Mapping) else 0
+        if isinstance(steps, bool) or not isinstance(steps, int):
+            raise ConfigError(f"codebook_kwargs has replace_after_steps={steps!r}. It needs a whole number; 0 replaces nothing.")
         kinds = {"codebook_kwargs": Mapping, "loss": str, "similarity_metric": str, "kmeans_init": bool, "kmeans_init_examples": int}
         for name, expected in kinds.items():
             if name in values and not isinstance(values[name], expected):
