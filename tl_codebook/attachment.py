@@ -224,7 +224,8 @@ def _adopt(model: Any, books: Mapping[str, Codebook], offsets: Mapping[str, Tens
 def _prove(model: Any, books: Mapping[str, Codebook]) -> None:
     points = {name: point for name, point in sites(model).items() if name in books}
     before = [(book, book.count_when, book.on_nonfinite) for book in books.values()]
-    diverged = not all(bool(torch.isfinite(book.codes).all()) for book in books.values())  # loaded with allow_nonfinite=True
+    with torch.no_grad():  # autograd would save codes that were made in inference mode, and cannot
+        diverged = not all(bool(torch.isfinite(book.codes).all()) for book in books.values())  # loaded with allow_nonfinite=True
     try:
         for book in books.values():
             book.count_when = "never"

@@ -6,8 +6,9 @@ tokenizer. Codebooks attach to any model in the basis that they were trained in;
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from tl_codebook.attachment import attach, sites
 from tl_codebook.base_model import build, describe, freeze_, frozen_zeros, put_weights_, weights_of
 from tl_codebook.basis import Basis, fingerprint
 from tl_codebook.codebook import Codebook, CodebookConfig
-from tl_codebook.errors import AttachError, CheckpointError, ConfigError
+from tl_codebook.errors import AttachError, CheckpointError, CheckpointExistsError, ConfigError
 
 __all__ = ["MANIFEST", "Codebooks", "load", "restore_", "save"]
 
@@ -29,6 +30,8 @@ MANIFEST = "tl_codebook.json"
 FORMAT_VERSION = 1
 _KEYS = {"format", "format_version", "written_by", "sites", "codes", "basis", "model", "tokenizer"}
 _HOOK = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
+_HF_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+"""Names that Hugging Face gives to weights; `files.write_tensors` gives none of these."""
 
 
 class Codebooks(dict[str, Codebook], ModelHubMixin, library_name="tl_codebook", tags=["codebook-features"]):
@@ -62,7 +65,7 @@ class Codebooks(dict[str, Codebook], ModelHubMixin, library_name="tl_codebook", 
         self, save_directory: str | Path, *, overwrite: bool = False, repo_id: str | None = None, push_to_hub: bool = False, **kwargs: Any
     ) -> str | None:
         """Write the codebooks to a folder, in one step; an existing one needs ``overwrite=True``."""
-        folder = files.check_writable(save_directory, overwrite=overwrite)
+        folder = files.check_writable(files.as_path(save_directory), overwrite=overwrite, create=False)
         _write(folder, self)
         if push_to_hub:
             return str(self.push_to_hub(repo_id=repo_id or folder.name, **kwargs))
@@ -88,7 +91,7 @@ class Codebooks(dict[str, Codebook], ModelHubMixin, library_name="tl_codebook", 
         The method of the mixin asks the hub for a ``config.json`` first, and fails without a network even where everything is in the cache.
         """
         model_id = str(pretrained_model_name_or_path)
-        folder = Path(model_id)
+        folder = files.as_path(model_id)
         if not folder.is_dir():
             from huggingface_hub import snapshot_download
 
@@ -106,7 +109,8 @@ class Codebooks(dict[str, Codebook], ModelHubMixin, library_name="tl_codebook", 
                 )
             except Exception as error:
                 raise CheckpointError(f"{model_id!r} is no folder here, and the hub did not give it ({error}).") from error
-        return _read_books(folder, files.read_json(folder / MANIFEST), allow_nonfinite=allow_nonfinite)
+        with torch.inference_mode(False):  # or the codes could never be trained
+            return _read_books(folder, files.read_json(folder / MANIFEST), allow_nonfinite=allow_nonfinite)
 
 
 def _tensors_of(books: Codebooks) -> dict[str, Tensor]:
@@ -123,8 +127,20 @@ def _write(folder: Path, books: Codebooks, model: Any = None) -> None:
     for name in books:
         if not _HOOK.fullmatch(name):
             raise CheckpointError(f"a codebook sits at {name!r}, which no file may name: A-Z a-z 0-9 . _ - and at most 64 characters.")
-    with files.one_writer(folder):
+    with _told(folder), files.made(folder), files.one_writer(folder):
         _write_alone(folder, books, model)
+
+
+@contextlib.contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} could not be written ({error.strerror or error}). What was there before is untouched; choose another folder."
+        ) from error
 
 
 def _write_alone(folder: Path, books: Codebooks, model: Any) -> None:
@@ -168,7 +184,7 @@ def save(model: Any, folder: str | Path, *, overwrite: bool = False) -> None:
         overwrite: Replace a checkpoint that is there.
 
     Raises:
-        CheckpointExistsError: the folder is not empty.
+        CheckpointExistsError: the folder is not empty; or it holds a Hugging Face model, whose weights would stay beside the new codes.
         CheckpointError: it cannot be written to, or the disk is full; what was there before is untouched.
 
     >>> from tl_codebook import attach
@@ -180,7 +196,27 @@ def save(model: Any, folder: str | Path, *, overwrite: bool = False) -> None:
     model = hosts.as_host(model)
     books = Codebooks.of(model)
     describe(model)
-    _write(files.check_writable(folder, overwrite=overwrite), books, model)
+    _write(check_target(folder, overwrite=overwrite), books, model)
+
+
+def check_target(folder: str | Path, *, overwrite: bool) -> Path:
+    """Refuse where `save` may not write, before any work is done for it and without creating anything; return the path."""
+    folder = files.check_writable(files.as_path(folder), overwrite=overwrite, create=False)
+    beside = sorted(path.name for path in folder.iterdir() if _HF_WEIGHTS.fullmatch(path.name)) if folder.is_dir() else []
+    if beside and not _is_ours(folder):
+        raise CheckpointExistsError(
+            f"{folder} holds the weights of a Hugging Face model ({beside[0]!r}), which saving would leave beside the codes of another "
+            "model. Choose another folder."
+        )
+    return folder
+
+
+def _is_ours(folder: Path) -> bool:
+    """Say whether `save` wrote a whole model there before."""
+    try:
+        return files.read_json(folder / MANIFEST).get("model") is not None
+    except CheckpointError:
+        return False
 
 
 def load(folder: str | Path, *, device: str | torch.device | None = None, allow_nonfinite: bool = False) -> Any:
@@ -194,7 +230,12 @@ def load(folder: str | Path, *, device: str | torch.device | None = None, allow_
     Raises:
         CheckpointError: naming file and cause, for anything missing, damaged, unknown or unsafe.
     """
-    folder = Path(folder)
+    with torch.inference_mode(False):  # or the model could never be trained
+        model = _load(files.as_path(folder), allow_nonfinite=allow_nonfinite)
+        return model if device is None else model.to(device)
+
+
+def _load(folder: Path, *, allow_nonfinite: bool) -> Any:
     manifest = files.read_json(folder / MANIFEST)
     books = _read_books(folder, manifest, allow_nonfinite=allow_nonfinite)
     about = manifest["model"]
@@ -223,7 +264,7 @@ def load(folder: str | Path, *, device: str | torch.device | None = None, allow_
     for book in books.values():
         book.eval()
     attach(model, books)
-    return model if device is None else model.to(device)
+    return model
 
 
 def restore_(model: Any, folder: str | Path) -> None:

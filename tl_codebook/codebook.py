@@ -154,7 +154,6 @@ class Codebook(nn.Module):
             )
         self.on_nonfinite = on_nonfinite
         self.label = ""
-        """The site that `attach` put the codebook at; it opens the messages of errors."""
         self.fresh = True
         """True while the codes are the noise that they start as; k-means, training and loading end it."""
         self.lm_gradient_to_codes = True
@@ -175,6 +174,20 @@ class Codebook(nn.Module):
         else:
             self.register_parameter("norm_weight", None)
             self.register_parameter("norm_bias", None)
+
+    @property
+    def label(self) -> str:
+        """The site that `attach` or `attach_hf` put the codebook at, empty elsewhere; it opens the messages of errors."""
+        return self._label
+
+    @label.setter
+    def label(self, label: str) -> None:
+        self._label, self._labelled = label, id(self)
+
+    @property
+    def at_work(self) -> bool:
+        """Tell whether a model holds this very codebook; a copy of it takes the label along, and is held by none."""
+        return bool(self._label) and self._labelled == id(self)
 
     @property
     def n_groups(self) -> int:

@@ -25,7 +25,9 @@ from torch import Tensor
 from tl_codebook.errors import CheckpointError, CheckpointExistsError
 
 __all__ = [
+    "as_path",
     "check_writable",
+    "made",
     "one_writer",
     "read_json",
     "read_tensors",
@@ -39,23 +41,67 @@ __all__ = [
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 
 
-def check_writable(folder: str | Path, *, overwrite: bool) -> Path:
-    """Create `folder` if need be and prove that it can be written to, before any work is done for it."""
+def as_path(given: str | Path) -> Path:
+    """Return a path with ``~`` expanded, refusing what no file can be called."""
+    try:
+        if "\0" in str(given):
+            raise ValueError("it holds a NUL character")
+        path = Path(given).expanduser()
+        os.fsencode(path)
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{str(given)[:200]!r} is no name of a file or folder ({error}). Choose another.") from error
+    return path
+
+
+def check_writable(folder: str | Path, *, overwrite: bool, create: bool = True) -> Path:
+    """Prove that `folder` can be written to, before any work is done for it.
+
+    It is created if need be, or with ``create=False`` the nearest folder above it that is there is tried, and nothing is left behind.
+    """
     folder = Path(folder)
     try:
         if folder.is_dir() and any(folder.iterdir()) and not overwrite:
             raise CheckpointExistsError(f"{folder} exists and is not empty. Choose another folder, or say overwrite=True.")
-        folder.mkdir(parents=True, exist_ok=True)
-        trial = folder / f".trial-{secrets.token_hex(4)}"
-        trial.touch()
-        trial.unlink()
+        if create:
+            with made(folder):
+                _try(folder)
+        else:
+            _try(next(path for path in (folder, *folder.absolute().parents) if _is_there(path)))
     except CheckpointExistsError:
         raise
-    except OSError as error:
-        raise CheckpointError(
-            f"{folder} cannot be written to ({error.strerror or error}). Choose another folder; nothing was written."
-        ) from error
+    except (OSError, ValueError) as error:  # ValueError: a name that no folder can have
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{folder} cannot be written to ({reason}). Choose another folder; nothing was written.") from error
     return folder
+
+
+def _try(folder: Path) -> None:
+    trial = folder / f".trial-{secrets.token_hex(4)}"
+    trial.touch()
+    trial.unlink()
+
+
+def _is_there(path: Path) -> bool:
+    """Say whether a file or folder or link has this name; unlike `Path.exists`, raise where no file can have it."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """Create a folder and those above it for what is done inside; where that fails, remove those that are still empty."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for path in new:
+                path.rmdir()
+        raise
 
 
 def _atomically(target: Path, write: Callable[[Path], None]) -> None:

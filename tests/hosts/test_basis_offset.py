@@ -215,6 +215,64 @@ def add_noise(model, size):
         parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
 
 
+# --- half precision ---
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def folded(kind, dtype):
+    """The model with nothing but its value biases folded, in half precision; of a Bridge, with all processing, cast afterwards."""
+    if not kind.startswith("hooked"):
+        return processed(kind).to(dtype)
+    model = make(kind).to(dtype)
+    off = dict.fromkeys(("fold_ln", "center_writing_weights", "center_unembed"), False)
+    model.load_and_process_state_dict(model.state_dict(), **off, fold_value_biases=True)
+    return model.eval()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("sides", ["model", "codes", "both"])
+@pytest.mark.parametrize("kind", [*BIASED, *[f"{host}-llama" for host in HOSTS]])
+def test_rounding_to_half_precision_is_no_other_basis(kind, dtype, sides):
+    books = books_on(make(kind).to(torch.float32 if sides == "model" else dtype), ("z", "v", "q", "mlp_out", "resid_post"))
+    assert_silent(make(kind).to(torch.float32 if sides == "codes" else dtype), books)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("then", ["float32", "half"])
+@pytest.mark.parametrize("kind", [f"{host}-{architecture}" for host in HOSTS for architecture in ("gpt2", "neox")])
+def test_a_constant_that_half_precision_cannot_prove_is_refused(kind, dtype, then):
+    books = books_on(make(kind) if then == "float32" else make(kind).to(dtype), ("z", "v"))
+    model = folded(kind, dtype)
+    before = state_of(model)
+    remedy = "Load the model in float32, attach the codes, then cast" if then == "float32" else "save them again"
+    with pytest.raises(BasisMismatchError, match=rf"too coarse to prove.*{remedy}.*float32 proves it"):
+        tlc.attach(model, books)
+    assert_same_state(state_of(model), before)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_attaching_in_float32_and_casting_is_the_way_round(dtype):
+    plain, model = both()
+    model.to(dtype)
+    again = Codebooks.of(model)
+    assert again.basis.processing[str(dtype).removeprefix("torch.")]
+    plain = make(FIRST).to(dtype)
+    assert_silent(plain, copy.deepcopy(again))
+    assert (run(plain)[0].float() - run(model)[0].float()).abs().mean() < 0.5
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("kind", [f"{host}-{architecture}" for host in HOSTS for architecture in ("gpt2", "llama")])
+def test_other_weights_in_half_precision_only_warn(kind, dtype):
+    """A llama comes without value biases: those that training gives it are no sign of processing."""
+    books, model = books_on(make(kind).to(dtype), ("z", "v")), make(kind)
+    add_noise(model, 2e-2)
+    with pytest.warns(BasisWarning, match="other weights"):
+        tlc.attach(model.to(dtype), books)
+    assert all(point.offset is None for point in tlc.sites(model).values())
+
+
 # --- saving ---
 
 

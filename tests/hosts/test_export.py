@@ -77,7 +77,7 @@ def test_a_round_trip(kind, tmp_path):
     usage = {name: point.codebook.usage.counts.clone() for name, point in tlc.sites(model).items()}
     export_hf(model, tmp_path / "model")
     assert {name.partition(".")[0] for name in content(tmp_path / "model")} == {
-        "codes", "config", "generation_config", "model", "tl_codebook", "tokenizer", "tokenizer_config"
+        "codes", "config", "generation_config", "model", "tl_codebook", "tl_codebook_export", "tokenizer", "tokenizer_config"
     }  # fmt: skip
     assert os.listdir(tmp_path) == ["model"]
     assert_same(model, tmp_path / "model")
@@ -149,7 +149,7 @@ def test_the_embedding_stays_tied_only_while_it_is_the_same(tmp_path):
 def test_a_model_without_codebooks_is_the_base_alone(kind, tmp_path):
     model = make_host(kind)
     export_hf(model, tmp_path / "model")
-    assert not [name for name in content(tmp_path / "model") if "codes" in name or "codebook" in name]
+    assert [name for name in content(tmp_path / "model") if "codes" in name or "codebook" in name] == ["tl_codebook_export.json"]
     torch.testing.assert_close(reload(tmp_path / "model")(TOKENS).logits, model(TOKENS), rtol=0, atol=1e-4)
 
 
@@ -348,6 +348,100 @@ def test_only_an_earlier_export_is_replaced(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["file", "model"]
 
 
+@pytest.mark.parametrize("beside", [False, True], ids=["the base", "the base with codes beside it"])
+def test_a_model_that_no_export_wrote_is_not_replaced(beside, tmp_path):
+    model, target = _cached(), tmp_path / "base"
+    make_hf("gpt2").save_pretrained(target)
+    if beside:
+        Codebooks.of(model).save_pretrained(target, overwrite=True)
+    before = content(target)
+    with pytest.raises(CheckpointExistsError, match=r"holds no tl_codebook_export\.json, so no export wrote it.*Choose another"):
+        export_hf(model, target, overwrite=True)
+    assert content(target) == before
+    assert os.listdir(tmp_path) == ["base"]
+
+
+@pytest.mark.parametrize("below", [".", "deeper/still"])
+def test_the_working_directory_is_not_replaced(below, tmp_path, monkeypatch):
+    model, target = make_host(KINDS[0]), tmp_path / "model"
+    export_hf(model, target)
+    first = content(target)
+    (target / below).mkdir(parents=True, exist_ok=True)
+    monkeypatch.chdir(target / below)
+    for folder in (target, os.path.relpath(target)):
+        with pytest.raises(CheckpointExistsError, match=r"the folder that this process works in.*Choose another"):
+            export_hf(model, folder, overwrite=True)
+    assert content(target) == first
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(CheckpointExistsError, match="works in"):
+        export_hf(model, ".")
+    export_hf(model, "below")
+    assert (tmp_path / "empty/below/model.safetensors").is_file()
+
+
+def test_a_refusal_touches_nothing_beside_the_folder(tmp_path):
+    model, target = _cached(), tmp_path / "model"
+    for name in (".model.before", ".model.tl_codebook-before", ".model.999999999-01234567.tmp", "model"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text(name)
+    before = content(tmp_path)
+    for overwrite in (False, True):
+        with pytest.raises(CheckpointExistsError):
+            export_hf(model, target, overwrite=overwrite)
+    assert content(tmp_path) == before
+    (target / "mine.txt").unlink()
+    export_hf(model, target)
+    assert sorted(os.listdir(tmp_path)) == [".model.before", "model"]
+
+
+def test_what_killed_processes_left_is_removed_and_what_living_ones_write_is_not(tmp_path):
+    kept = [f".model.{os.getpid()}-01234567.tmp", ".model.1-01234567.tmp", ".other.999999999-01234567.tmp", ".model.999999999-0123456.tmp"]
+    for name in [*kept, ".model.999999999-01234567.tmp", f".model.{10**30}-01234567.tmp"]:
+        (tmp_path / name).mkdir()
+    export_hf(make_host(KINDS[0]), tmp_path / "model")
+    assert sorted(os.listdir(tmp_path)) == sorted([*kept, "model"])
+
+
+def test_an_export_that_was_set_aside_is_brought_back_and_then_counts(tmp_path):
+    model, target = make_host(KINDS[0]), tmp_path / "model"
+    export_hf(model, target)
+    first = content(target)
+    os.rename(target, tmp_path / ".model.tl_codebook-before")
+    with pytest.raises(CheckpointExistsError, match="not empty"):
+        export_hf(model, target)
+    assert content(target) == first
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_a_refused_export_leaves_no_folders(tmp_path, monkeypatch):
+    model = make_host(KINDS[0])
+
+    def refuse(*_):
+        raise CheckpointError("no")
+
+    for step in ("hf_model_of", "_prove"):
+        with monkeypatch.context() as patch:
+            patch.setattr(export, step, refuse)
+            with pytest.raises(CheckpointError, match="no"):
+                export_hf(model, tmp_path / "new/deeper/model")
+        assert os.listdir(tmp_path) == []
+    export_hf(model, tmp_path / "new/deeper/model")
+    assert (tmp_path / "new/deeper/model/config.json").is_file()
+
+
+def test_home_and_names_that_cannot_be(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    export_hf(make_host(KINDS[0]), "~/model")
+    assert os.listdir(tmp_path) == ["model"]
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name in ("a\0b", "loop", "loop/below", "x" * 300, "x" * 245):
+        with pytest.raises(CheckpointError, match=r"is no name of|cannot be written to .*Choose another"):
+            export_hf(make_host(KINDS[0]), name)
+    assert sorted(os.listdir(tmp_path)) == ["loop", "model"]
+
+
 def test_a_link_to_the_folder_stays_a_link(tmp_path):
     model = make_host(KINDS[0])
     (tmp_path / "real").mkdir()
@@ -452,6 +546,8 @@ def test_a_process_killed_while_it_writes_leaves_the_earlier_export(tmp_path):
     assert result.returncode == -signal.SIGKILL, result.stderr[-2000:]
     assert len(os.listdir(tmp_path)) == 2  # what it was writing lies beside, under a name of its own
     assert_same(with_codes(KINDS[0]), tmp_path / "model")
+    export_hf(make_host(KINDS[0]), tmp_path / "model", overwrite=True)
+    assert os.listdir(tmp_path) == ["model"]
 
 
 _models = []

@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tl_codebook import Codebook, CodebookConfig
 from tl_codebook.checkpoint import Codebooks
 from tl_codebook.convert.export import export_hf
 from tl_codebook.convert.inside import attach_hf
-from tl_codebook.errors import AttachError, BasisMismatchError, CheckpointError, ConfigError, ShapeError, UnknownHookError
+from tl_codebook.errors import AttachError, BasisMismatchError, BasisWarning, CheckpointError, ConfigError, ShapeError, UnknownHookError
 
 REACHABLE = ("z", "q", "k", "v", "attn_out", "mlp_out", "post", "resid_pre", "resid_post", "resid_delta")
 TOKENS = (torch.arange(2 * 20) * 17 + 5).remainder(VOCABULARY).reshape(2, 20)  # longer than the local window of GPT-Neo, which is 8
@@ -234,6 +235,73 @@ def test_codes_of_a_larger_vocabulary_are_refused(tmp_path):
     model = with_codes("bridge-gpt2", "mlp_out")
     Codebooks.of(model).save_pretrained(tmp_path / "codes")
     refused(BasisMismatchError, "more than 40 tokens", make_hf("gpt2", vocab_size=40), tmp_path / "codes")
+
+
+# --- the basis ---
+
+
+def basis_of(kind, sites=("z", "mlp_out")):
+    return copy.deepcopy(Codebooks.of(with_codes(kind, sites)))
+
+
+def state(hf_model):
+    return [(len(m._forward_hooks), len(m._forward_pre_hooks), list(m._modules), m.training) for m in hf_model.modules()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_of_the_codes_attaches_without_a_word_and_keeps_its_modes(kind, training):
+    hf_model = make_hf(kind.partition("-")[2]).train(training)
+    hf_model.get_submodule("lm_head" if hasattr(hf_model, "lm_head") else "embed_out").train(not training)
+    before = state(hf_model)
+    books = basis_of(kind, (*REACHABLE, "qkv")[: 11 if kind.endswith("neox") else 10])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", BasisWarning)
+        attach_hf(hf_model, books).remove()
+    assert state(hf_model) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_attaches_without_a_word(dtype):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", BasisWarning)
+        attach_hf(make_hf("gpt2").to(dtype), basis_of("bridge-gpt2"))
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "neox", "llama"])
+def test_other_weights_are_warned_of(architecture):
+    hf_model = make_hf(architecture)
+    with torch.no_grad():
+        for parameter in hf_model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.02)
+    with pytest.warns(BasisWarning, match=r"differs by .*other weights"):
+        attach_hf(hf_model, basis_of(f"bridge-{architecture}"))
+
+
+@pytest.mark.parametrize(("site", "match"), [("z", "no room for the offset"), ("mlp_out", "lacks centred writing weights")])
+def test_codes_of_processed_weights_are_refused(site, match):
+    model, hf_model = make_host("bridge-gpt2"), make_hf("gpt2")
+    model.enable_compatibility_mode(disable_warnings=True)
+    tlc.attach(model, site, n_codes=8)
+    before = state(hf_model)
+    refused(BasisMismatchError, match, hf_model, copy.deepcopy(Codebooks.of(model)))
+    assert state(hf_model) == before
+
+
+def test_a_model_of_fewer_positions_is_refused():
+    refused(BasisMismatchError, "of 16 positions or more, and this one has 8", make_hf("gpt2", n_positions=8), basis_of("bridge-gpt2"))
+
+
+def test_a_codebook_at_work_elsewhere_is_refused():
+    hf_model, model = make_hf("gpt2"), with_codes("bridge-gpt2")
+    books = {name: point.codebook for name, point in tlc.sites(model).items()}
+    refused(AttachError, r"at work in another model, at 'blocks.0.attn.hook_z'.*copy.deepcopy", hf_model, books)
+    attach_hf(hf_model, copy.deepcopy(books)).remove()
+    tlc.detach(model)
+    inside = attach_hf(hf_model, books)
+    refused(AttachError, "at work in another model", make_hf("gpt2"), books)
+    inside.remove()
+    attach_hf(make_hf("gpt2"), books)
 
 
 def test_a_failure_while_the_hooks_are_hung_leaves_nothing(monkeypatch):

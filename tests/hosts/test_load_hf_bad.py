@@ -13,7 +13,9 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from tests.tiny import HOSTS, make_hf, make_tokenizer, write_hf_folder
+from tl_codebook.codebook import Codebook, CodebookConfig
 from tl_codebook.convert.huggingface import load_hf
+from tl_codebook.convert.inside import attach_hf
 from tl_codebook.errors import CheckpointError, CodebookError, ConfigError
 
 FC = "transformer.h.0.mlp.c_fc.weight"
@@ -236,6 +238,16 @@ def test_what_is_no_model_is_refused(thing):
 def test_a_host_is_no_model_to_load():
     with pytest.raises(ConfigError, match="which is no Hugging Face model"):
         load_hf(load_hf(make_hf("gpt2")))
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_model_with_codebooks_at_work_is_refused(host):
+    model = make_hf("gpt2")
+    inside = attach_hf(model, {"blocks.1.hook_mlp_out": Codebook(32, CodebookConfig(8, 2))})
+    with pytest.raises(CheckpointError, match=r"holds codebooks from attach_hf.*remove\(\).*attach\(\)"):
+        load_hf(model, host=host)
+    inside.remove()
+    load_hf(model, host=host)
 
 
 def test_weights_that_are_elsewhere_are_refused():

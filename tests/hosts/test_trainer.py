@@ -10,7 +10,7 @@ import tl_codebook as tlc
 from tests.hosts.state import TOKENS
 from tests.hosts.training import MLP, TRAINED, arguments, assert_equal, base_weights, codes, host_of, rows, trainer_of, weights, with_books
 from tests.tiny import HOSTS, make_host
-from tl_codebook.errors import AttachError, CheckpointError, DataError, NonFiniteError, TrainingError
+from tl_codebook.errors import AttachError, CheckpointError, CheckpointExistsError, DataError, NonFiniteError, TrainingError
 from tl_codebook.training import CodebookTrainer, CodebookTrainingConfig, collate
 
 NO_START = CodebookTrainingConfig(init="none", revive_every=0)
@@ -416,3 +416,10 @@ def test_gradient_checkpointing_on_a_bridge_trains_the_same_codes(tmp_path):
         assert all(int(book.usage.counts.sum()) == 2 * 8 * 12 * 2 for book in books.values())
     for name, codes_plain in trained[0].items():
         torch.testing.assert_close(trained[1][name], codes_plain)
+
+
+def test_an_output_folder_that_holds_another_model_is_refused_before_training(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"precious")
+    with pytest.raises(CheckpointExistsError, match=r"holds the weights of a Hugging Face model \('model.safetensors'\)"):
+        trainer_of(with_books(TRAINED[0]), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]

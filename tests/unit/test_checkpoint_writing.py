@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import tl_codebook as tlc
+from tests.tiny import write_hf_folder
 from tests.unit.test_checkpoint_faults import BOOK, TOKENS, make_model
 from tests.unit.test_files import listing
 from tl_codebook import Codebooks
@@ -75,6 +76,56 @@ def test_a_folder_that_cannot_be_written_to(model, tmp_path):
     with pytest.raises(CheckpointError, match="cannot be written to"):
         tlc.save(model, tmp_path / "file", overwrite=True)
     assert listing(tmp_path) == {"file": b"mine"}
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["the base", "the base with codes beside it"])
+def test_a_model_of_hugging_face_is_not_mixed_with_other_codes(model, tmp_path, beside):
+    folder = write_hf_folder(tmp_path / "base", "gpt2")
+    if beside:
+        Codebooks.of(model).save_pretrained(folder, overwrite=True)  # this is what codes beside a base are
+        Codebooks.of(model).save_pretrained(folder, overwrite=True)
+    before = listing(folder)
+    with pytest.raises(CheckpointExistsError, match=r"holds the weights of a Hugging Face model \('model.safetensors'\).*another folder"):
+        tlc.save(model, folder, overwrite=True)
+    assert listing(folder) == before
+
+
+def test_a_folder_of_a_training_run_is_written_to_again(folder, model):
+    names = ["training_args.bin", "optimizer.pt", "rng_state.pth", "training.0123456789ab.safetensors", "config.json", "results.json"]
+    for name in names:
+        (folder / name).write_text("{}")
+    tlc.save(model, folder, overwrite=True)
+    (folder / "tl_codebook.json").unlink()
+    tlc.save(model, folder, overwrite=True)
+    assert all((folder / name).is_file() for name in names)
+
+
+def test_a_save_that_fails_leaves_no_folder(model, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tl_codebook.files.os.fsync", fail)
+    for write in (lambda path: tlc.save(model, path), Codebooks.of(model).save_pretrained):
+        with pytest.raises(CheckpointError, match="No space left on device"):
+            write(tmp_path / "new/model")
+        assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    monkeypatch.setattr(Path, "mkdir", fail)
+    with pytest.raises(CheckpointError, match=r"could not be written \(No space left on device\)"):
+        tlc.save(model, tmp_path / "new/model")
+
+
+def test_the_home_folder_and_a_name_that_cannot_be(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    tlc.save(model, "~/model")
+    Codebooks.of(model).save_pretrained("~/codes")
+    assert sorted(os.listdir(tmp_path)) == ["codes", "model"]
+    assert torch.equal(tlc.load("~/model")(TOKENS), model(TOKENS))
+    assert set(Codebooks.from_pretrained("~/codes")) == set(Codebooks.of(model))
+    for call in (lambda: tlc.save(model, "a\0b"), lambda: tlc.load("a\0b"), lambda: Codebooks.from_pretrained("a\0b")):
+        with pytest.raises(CheckpointError, match="NUL"):
+            call()
 
 
 @pytest.mark.parametrize("at", [1, 2, 3])

@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 
 import tl_codebook as tlc
 from tests.tiny import HOSTS, write_hf_folder
+from tests.unit.test_files import listing
 from tl_codebook.cli import main
+from tl_codebook.errors import CheckpointError
 
 CASES = Path(__file__).resolve().parents[1] / "parity" / "cases"
 CASE = CASES / "neox_attn_and_mlp_bin"
@@ -108,3 +110,111 @@ def test_a_checkpoint_without_codebooks(tmp_path, capsys):
     save_file({name: value for name, value in weights.items() if "codebook" not in name}, folder / "model.safetensors")
     assert convert(folder, tmp_path / "ours", "--base", CASES / "gpt2_qkv" / "base") == 1
     assert "no codebook that runs" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder of each kind: of tl_codebook.save, and of export_hf."""
+    folder = tmp_path_factory.mktemp("made")
+    assert convert(CASE / "checkpoint", folder / "ours", "--base", CASE / "base") == 0
+    assert convert(folder / "ours", folder / "hf") == 0
+    return folder
+
+
+def test_a_whole_model_beside_one_of_hugging_face_is_read_as_ours(made, tmp_path, capsys):
+    """Its own weights count, not the stale ones beside them."""
+    mixed = Path(shutil.copytree(made / "ours", tmp_path / "mixed"))
+    weights = {name: value + 1 for name, value in load_file(made / "hf" / "model.safetensors").items()}
+    shutil.copy(made / "hf" / "config.json", mixed)
+    from safetensors.torch import save_file
+
+    save_file(weights, mixed / "model.safetensors", metadata={"format": "pt"})
+    assert convert(mixed, tmp_path / "hf") == 0
+    assert "saved by tl_codebook" in capsys.readouterr().out
+    expected = load_file(made / "hf" / "model.safetensors")
+    assert all(torch.equal(value, expected[name]) for name, value in load_file(tmp_path / "hf" / "model.safetensors").items())
+
+
+@pytest.mark.parametrize("kind", ["ours", "hf"])
+def test_out_is_in(made, tmp_path, capsys, monkeypatch, kind):
+    folder = Path(shutil.copytree(made / kind, tmp_path / "it"))
+    (tmp_path / "link").symlink_to(folder)
+    before = listing(folder)
+    monkeypatch.chdir(folder)
+    for out in (folder, tmp_path / "link", "../it", "."):
+        assert convert(folder, out, "--overwrite") == 1
+        assert "is IN itself, which converting would destroy. Choose another folder" in capsys.readouterr().err
+    assert listing(folder) == before
+
+
+def test_a_model_of_hugging_face_is_not_overwritten(made, tmp_path, capsys):
+    folder = write_hf_folder(tmp_path / "plain", "gpt2")
+    before = listing(folder)
+    for case in ([CASE / "checkpoint", folder, "--base", CASE / "base"], [made / "hf", folder], [made / "ours", folder]):
+        assert convert(*case, "--overwrite") == 1
+        told = capsys.readouterr()
+        assert "Choose another folder" in told.err
+        assert "proof" not in told.out
+        assert listing(folder) == before
+
+
+@pytest.mark.parametrize("kind", ["original", "ours", "hf"])
+def test_a_conversion_that_fails_leaves_no_folder(made, tmp_path, capsys, monkeypatch, kind):
+    def refuse(*_, **__):
+        raise CheckpointError("they differ")
+
+    for module in ("tl_codebook.convert.proof", "tl_codebook.convert.export"):
+        monkeypatch.setattr(f"{module}.compare_with_hf", refuse)
+    case = [CASE / "checkpoint", "--base", CASE / "base"] if kind == "original" else [made / kind]
+    assert convert(case[0], tmp_path / "new/out", *case[1:]) == 1
+    assert "they differ" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_base_for_what_is_one(made, tmp_path, capsys):
+    assert convert(made / "hf", tmp_path / "out", "--base", CASE / "base") == 1
+    assert "--base was given, but" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["./absent", "~/absent", "a/b/absent", "{}/absent"])
+def test_an_in_that_is_nowhere(tmp_path, capsys, name):
+    assert convert(name.format(tmp_path), tmp_path / "out") == 1
+    assert "there is no such folder. Give a folder, or a hub name" in capsys.readouterr().err
+
+
+def test_an_in_that_may_be_on_the_hub_a_file_or_empty(tmp_path, capsys, monkeypatch):
+    assert convert("owner/model", tmp_path / "out") == 1
+    assert "owner/model is no folder here; as a hub name it should be a checkpoint of codebook-features" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert convert(tmp_path / "file", tmp_path / "out") == 1
+    assert "is a file. Give the folder" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert convert(tmp_path / "empty", tmp_path / "out") == 1
+    assert "holds neither tl_codebook.json nor config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["config.json", "tl_codebook.json"])
+@pytest.mark.parametrize("text", ["[" * 100_000, "{" + chr(34) + "a" + chr(34) + ":" + "[" * 100_000, "[]", "{"])
+def test_json_that_cannot_be_read(tmp_path, capsys, name, text):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / name).write_text(text)
+    assert convert(tmp_path / "in", tmp_path / "out") == 1
+    assert name in capsys.readouterr().err
+
+
+def test_names_that_cannot_be(made, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for names in ([made / "ours", "a\0b"], ["a\0b", "out"], [made / "ours", "x" * 300], ["x" * 300, "out"]):
+        assert convert(*names) == 1
+        assert capsys.readouterr().err.startswith("tl-codebook convert: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_home_folder(made, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(made / "ours", tmp_path / "ours")
+    assert convert("~/ours", "~/hf") == 0
+    assert convert("~/hf", "~/again") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "hf", "ours"]

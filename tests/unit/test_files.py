@@ -230,12 +230,67 @@ def test_a_folder_to_write_to(tmp_path):
     assert listing(folder) == {"x": b"mine"}
 
 
+def test_a_folder_is_tried_without_creating_it(tmp_path, monkeypatch):
+    assert files.check_writable(tmp_path / "a/b", overwrite=False, create=False) == tmp_path / "a/b"
+    monkeypatch.chdir(tmp_path)
+    files.check_writable("a/b", overwrite=False, create=False)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "mine").write_text("mine")
+    with pytest.raises(CheckpointExistsError, match="not empty"):
+        files.check_writable(tmp_path / "x", overwrite=False, create=False)
+
+
+@pytest.mark.parametrize("create", [True, False])
 @pytest.mark.parametrize("below", [".", "deeper/still"])
-def test_a_file_where_the_folder_should_be(tmp_path, below):
+def test_a_file_where_the_folder_should_be(tmp_path, below, create):
     (tmp_path / "x").write_text("mine")
     with pytest.raises(CheckpointError, match=r"cannot be written to .*nothing was written"):
-        files.check_writable(tmp_path / "x" / below, overwrite=True)
+        files.check_writable(tmp_path / "x" / below, overwrite=True, create=create)
     assert listing(tmp_path) == {"x": b"mine"}
+
+
+@pytest.mark.parametrize("create", [True, False])
+@pytest.mark.parametrize("name", ["a\0b", "x" * 300, "\ud800"])
+def test_a_name_that_no_folder_can_have(tmp_path, monkeypatch, name, create):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=r"cannot be written to .*Choose another"):
+        files.check_writable(name, overwrite=True, create=create)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert files.as_path("~/a") == tmp_path / "a"
+    assert files.as_path(tmp_path / "~/a") == tmp_path / "~/a"
+    for name in ("a\0b", "\ud800", "~nobody-of-this-name/x"):
+        with pytest.raises(CheckpointError, match=r"is no name of a file or folder .*Choose another"):
+            files.as_path(name)
+
+
+def test_folders_made_for_what_fails_are_removed(tmp_path):
+    (tmp_path / "a").mkdir()
+
+    def fail(content):
+        with files.made(tmp_path / "a/b/c"):
+            for name in content:
+                (tmp_path / "a/b" / name).write_text("of someone else")
+            raise KeyboardInterrupt
+
+    for content in ([], ["x"]):
+        with pytest.raises(KeyboardInterrupt):
+            fail(content)
+        assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["a", *(["a/b", "a/b/x"] if content else [])]
+    with files.made(tmp_path / "new/er"):
+        pass
+    assert (tmp_path / "new/er").is_dir()
+
+
+def test_a_folder_that_cannot_be_written_to_is_not_left_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "touch", full_disk)
+    with pytest.raises(CheckpointError, match="nothing was written"):
+        files.check_writable(tmp_path / "a/b", overwrite=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_read_only_file_system(tmp_path, monkeypatch):

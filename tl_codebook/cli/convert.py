@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,14 +20,17 @@ __all__ = ["run"]
 
 def run(argv: Sequence[str]) -> int:
     """Parse the arguments, tell what IN is, convert it, prove it, and write OUT."""
+    from tl_codebook.files import as_path
+
     asked = _parser().parse_args(list(argv))
-    folder = Path(asked.input)
+    folder, asked.output = as_path(asked.input), as_path(asked.output)
+    _check_places(folder, asked)
     kind = _kind(folder)
     if kind == "tl_codebook":
         return _to_hugging_face(folder, asked)
     if kind == "exported":
         return _exported(folder, asked)
-    return _from_original(asked)
+    return _from_original(folder, asked)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -47,15 +49,34 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check_places(folder: Path, asked: argparse.Namespace) -> None:
+    """Refuse an IN that is nowhere and an OUT that is IN, before any work is done."""
+    from tl_codebook.convert.pretrained import is_local
+
+    try:
+        if folder.is_dir():
+            if asked.output.resolve() == folder.resolve():
+                raise ConfigError(f"OUT {asked.output} is IN itself, which converting would destroy. Choose another folder.")
+        elif folder.exists():
+            raise CheckpointError(f"{asked.input} is a file. Give the folder that it lies in.")
+        elif is_local(asked.input):
+            raise CheckpointError(f"{asked.input!r}: there is no such folder. Give a folder, or a hub name (owner/model).")
+    except (OSError, RuntimeError) as error:  # a name too long, a loop of links
+        raise CheckpointError(f"{asked.input} and {asked.output} cannot be told apart ({error}). Give other folders.") from error
+
+
 def _kind(folder: Path) -> str:
-    if (folder / "tl_codebook.json").is_file():
-        return "exported" if (folder / "config.json").is_file() else "tl_codebook"
+    """Say what IN is, by its manifest where it has one: a folder may hold a whole model of ours beside one of Hugging Face."""
+    from tl_codebook.files import read_json
+
     config = folder / "config.json"
+    if (folder / "tl_codebook.json").is_file():
+        whole = read_json(folder / "tl_codebook.json").get("model") is not None
+        return "exported" if not whole and config.is_file() else "tl_codebook"
+    if folder.is_dir() and not config.is_file():
+        raise CheckpointError(f"{folder} holds neither tl_codebook.json nor config.json, so there is nothing to convert. Copy all of it.")
     if config.is_file():
-        try:
-            kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-        except (ValueError, AttributeError):
-            return "original"  # whose reader says what is wrong with it
+        kind = read_json(config, again="Copy it again.").get("model_type")
         if kind != "codebook":
             raise CheckpointError(
                 f"{folder} is a plain Hugging Face model ({kind}) without codes, so there is nothing to convert. Load it with "
@@ -64,16 +85,17 @@ def _kind(folder: Path) -> str:
     return "original"
 
 
-def _from_original(asked: argparse.Namespace) -> int:
+def _from_original(folder: Path, asked: argparse.Namespace) -> int:
     if asked.base is None:
+        what = "is" if folder.is_dir() else "is no folder here; as a hub name it should be"
         raise ConfigError(
-            f"{asked.input} is a checkpoint of codebook-features, which does not say which model it wrapped. Add --base: the folder or hub "
-            "name of that model."
+            f"{asked.input} {what} a checkpoint of codebook-features, which does not say which model it wrapped. Add --base: the folder or "
+            "hub name of that model."
         )
     from tl_codebook import attach, load_hf, save
+    from tl_codebook.checkpoint import check_target
     from tl_codebook.convert.codebook_features import read_codebook_features
     from tl_codebook.convert.proof import compare_with_hf
-    from tl_codebook.files import check_writable
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CheckpointWarning)  # said below, one line each
@@ -86,7 +108,7 @@ def _from_original(asked: argparse.Namespace) -> int:
         print(f"left out      {name}: it never runs in the original")
     if not original.books:
         raise CheckpointError(f"{asked.input} has no codebook that runs. Load its base with tl_codebook.load_hf.")
-    check_writable(asked.output, overwrite=asked.overwrite)
+    check_target(asked.output, overwrite=asked.overwrite)
     model = load_hf(original.hf_model, original.tokenizer, asked.host)
     apart = copy.deepcopy(original.books)
     attach(model, original.books)
@@ -98,12 +120,14 @@ def _from_original(asked: argparse.Namespace) -> int:
 
 def _exported(folder: Path, asked: argparse.Namespace) -> int:
     from tl_codebook import Codebooks, attach, load_hf, save
+    from tl_codebook.checkpoint import check_target
     from tl_codebook.convert.pretrained import read_model
     from tl_codebook.convert.proof import compare_with_hf
-    from tl_codebook.files import check_writable
 
+    if asked.base is not None:
+        raise ConfigError(f"--base was given, but {folder} is a Hugging Face model with codes, and the base itself. Leave it out.")
     books = Codebooks.from_pretrained(folder)
-    check_writable(asked.output, overwrite=asked.overwrite)
+    check_target(asked.output, overwrite=asked.overwrite)
     model = load_hf(folder, host=asked.host)
     print(f"{folder}: Hugging Face folder with codes, written by export_hf")
     _print_books(attach(model, books))

@@ -14,12 +14,13 @@ import re
 import secrets
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tl_codebook import files, hosts
 from tl_codebook.attachment import sites
-from tl_codebook.checkpoint import MANIFEST, Codebooks
+from tl_codebook.checkpoint import FORMAT_VERSION, MANIFEST, Codebooks
 from tl_codebook.convert.back_to_hf import hf_model_of
 from tl_codebook.convert.inside import refuse_sites
 from tl_codebook.convert.proof import Agreement, compare_with_hf
@@ -27,8 +28,10 @@ from tl_codebook.errors import CheckpointError, CheckpointExistsError
 
 __all__ = ["export_hf"]
 
+_MARKER = "tl_codebook_export.json"
+"""A file of every export: only a folder that holds it is ever replaced."""
 _EXPORTED = re.compile(
-    r"(generation_)?config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|tl_codebook\.json|"
+    r"(generation_)?config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|tl_codebook(_export)?\.json|"
     r"codes\.[0-9a-f]+\.safetensors|tokenizer.*\.(json|model)|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|"
     r"chat_template\.(jinja|json)"
 )
@@ -45,10 +48,10 @@ def export_hf(model: Any, folder: str | Path, *, overwrite: bool = False) -> Agr
     Args:
         model: A host with or without codebooks: gpt2, gpt_neox, gpt_neo, llama, mistral or qwen2, its weights not processed.
         folder: Where to; it must be empty or new unless `overwrite`.
-        overwrite: Replace an earlier export. A folder that holds other things is never replaced.
+        overwrite: Replace an earlier export. A folder that no export wrote, or that holds other things too, is never replaced.
 
     Raises:
-        CheckpointExistsError: the folder is not empty, or holds what no export wrote.
+        CheckpointExistsError: the folder is not empty, or holds what no export wrote, or the process works in it.
         CheckpointError: processed weights, weights that Hugging Face has no place for (named), logits that differ, a full disk.
         UnknownHookError: a codebook where no hook of Hugging Face reaches (resid_mid).
         ConfigError: an architecture that is not in the table.
@@ -60,7 +63,7 @@ def export_hf(model: Any, folder: str | Path, *, overwrite: bool = False) -> Agr
     >>> export_hf(model, tmp_path / "exported").ids
     1.0
     >>> sorted(path.name.partition(".")[0] for path in (tmp_path / "exported").iterdir())
-    ['codes', 'config', 'generation_config', 'model', 'tl_codebook']
+    ['codes', 'config', 'generation_config', 'model', 'tl_codebook', 'tl_codebook_export']
     """
     model = hosts.as_host(model)
     refuse_sites(sites(model))
@@ -70,18 +73,20 @@ def export_hf(model: Any, folder: str | Path, *, overwrite: bool = False) -> Agr
             f"the codes at {shifted[0]!r} were trained on weights processed otherwise than this model's, and an offset holds them in "
             "place, which a Hugging Face folder has no room for. Attach them to the model that they were trained on, and export that."
         )
-    target = _replaceable(Path(folder), overwrite=overwrite)
+    target = _replaceable(files.as_path(folder), overwrite=overwrite)
     hf_model = hf_model_of(model)
     if hosts.is_bridge(model) and getattr(model.original_model, "generation_config", None) is not None:
         hf_model.generation_config = copy.deepcopy(model.original_model.generation_config)
     staging = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        _write(model, hf_model, staging)
-        del hf_model
-        agreement = _prove(model, staging)
-        _sync(staging)
-        _put_in_place(staging, target)
-        return agreement
+        with files.made(target.parent), _removed(staging):
+            _remove_stale(target)
+            _write(model, hf_model, staging)
+            del hf_model
+            agreement = _prove(model, staging)
+            _sync(staging)
+            _put_in_place(staging, target)
+            return agreement
     except OSError as error:
         if isinstance(error, CheckpointError):
             raise
@@ -89,17 +94,29 @@ def export_hf(model: Any, folder: str | Path, *, overwrite: bool = False) -> Agr
             f"{target} could not be written ({error.strerror or error}). What was there before is untouched; free space or choose another "
             "folder."
         ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _replaceable(folder: Path, *, overwrite: bool) -> Path:
     """Refuse a target before any work is done for it; return where it is in truth (a link to a folder stays a link)."""
+    try:
+        return _checked(folder, overwrite=overwrite)
+    except CheckpointError:
+        raise
+    except (OSError, RuntimeError) as error:  # a loop of links, a name too long, a working directory that was removed
+        raise CheckpointError(f"{folder} cannot be written to ({error}). Choose another folder; nothing was written.") from error
+
+
+def _checked(folder: Path, *, overwrite: bool) -> Path:
     target = folder.resolve()
-    files.check_writable(target.parent, overwrite=True)
-    _recover(target)
+    if _here().is_relative_to(target):
+        raise CheckpointExistsError(
+            f"{folder} is the folder that this process works in, or above it, and replacing it would leave the process without one. Choose "
+            "another folder, or change to another one first."
+        )
+    files.check_writable(target.parent, overwrite=True, create=False)
     if target.exists() and not target.is_dir():
         raise CheckpointExistsError(f"{folder} is a file. Choose another folder.")
+    _recover(target)
     content = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
     if content and not overwrite:
         raise CheckpointExistsError(f"{folder} exists and is not empty. Choose another folder, or say overwrite=True.")
@@ -109,7 +126,18 @@ def _replaceable(folder: Path, *, overwrite: bool) -> Path:
             f"{folder} holds {', '.join(map(repr, foreign[:5]))}{' and others' if len(foreign) > 5 else ''}, which no export wrote and "
             "replacing the folder would delete. Choose another folder, or move them away."
         )
+    if content and _MARKER not in content:
+        raise CheckpointExistsError(
+            f"{folder} is not empty and holds no {_MARKER}, so no export wrote it and replacing it would delete its model. Choose another "
+            "folder."
+        )
     return target
+
+
+def _here() -> Path:
+    with contextlib.suppress(FileNotFoundError):  # it was removed
+        return Path.cwd()
+    return Path()
 
 
 def _write(model: Any, hf_model: Any, staging: Path) -> None:
@@ -121,6 +149,7 @@ def _write(model: Any, hf_model: Any, staging: Path) -> None:
             tokenizer.save_pretrained(staging)
         if sites(model):
             Codebooks.of(model).save_pretrained(staging, overwrite=True)
+        files.replace_json(staging / _MARKER, {"format": "tl_codebook_export", "format_version": FORMAT_VERSION})
     except (CheckpointError, OSError):
         raise
     except Exception as error:
@@ -148,17 +177,45 @@ def _sync(folder: Path) -> None:
                 os.close(descriptor)
 
 
+@contextlib.contextmanager
+def _removed(staging: Path) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
 def _aside(target: Path) -> Path:
-    return target.with_name(f".{target.name}.before")
+    return target.with_name(f".{target.name}.tl_codebook-before")
 
 
 def _recover(target: Path) -> None:
-    """Bring back what a process killed in the middle of `_put_in_place` had set aside."""
+    """Bring back the export that a process killed in the middle of `_put_in_place` had set aside; nothing is removed."""
+    if not target.exists() and (_aside(target) / _MARKER).is_file():
+        os.rename(_aside(target), target)
+
+
+def _remove_stale(target: Path) -> None:
+    """Remove what killed processes left beside the folder: an export that has been replaced, and those that were never finished."""
     if _aside(target).is_dir():
-        if target.exists():
-            shutil.rmtree(_aside(target), ignore_errors=True)
-        else:
-            os.rename(_aside(target), target)
+        shutil.rmtree(_aside(target), ignore_errors=True)
+    unfinished = re.compile(rf"\.{re.escape(target.name)}\.(\d+)-[0-9a-f]{{8}}\.tmp")
+    for path in target.parent.iterdir():
+        found = unfinished.fullmatch(path.name)
+        if found and not path.is_symlink() and not _is_alive(int(found[1])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    if os.name != "posix":  # where signal 0 is not a question
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # another user's
+        return True
+    return True
 
 
 def _put_in_place(staging: Path, target: Path) -> None:

@@ -66,7 +66,8 @@ def load_hf(
     if host == "hooked" and hooked is None:
         raise ConfigError("host='hooked' was asked for, but this TransformerLens has no HookedTransformer. Use host='bridge'.")
     # The folder has to last: TransformerLens reads the tokenizer again from there. What it draws at random is overwritten by weights.
-    with tempfile.TemporaryDirectory(prefix="tlcb-") as scratch, torch.random.fork_rng(devices=[]):
+    # Weights that were made in inference mode could never be trained.
+    with torch.inference_mode(False), tempfile.TemporaryDirectory(prefix="tlcb-") as scratch, torch.random.fork_rng(devices=[]):
         return _load(model, tokenizer, host, device, Path(scratch))
 
 
@@ -111,7 +112,7 @@ def _copy(model: Any, *, share: bool) -> Any:
     """
     memo: dict[int, Any] = {id(vars(module)[name]): OrderedDict() for module in model.modules() for name in _HOOKS if name in vars(module)}
     kept = [parameter for parameter in model.parameters() if share]
-    memo |= {id(parameter): nn.Parameter(parameter.detach(), requires_grad=False) for parameter in kept}
+    memo |= {id(p): nn.Parameter(p.clone() if p.is_inference() else p.detach(), requires_grad=False) for p in kept}
     try:
         copied = copy.deepcopy(model, memo)
     except Exception as error:

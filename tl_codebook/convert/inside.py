@@ -8,7 +8,7 @@ reads, call ``handle.remove()``, the model's `save_pretrained`, and ``Codebooks(
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,9 +27,12 @@ from tl_codebook.names import SITES, split_hook_name
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
+    from tl_codebook.basis import Basis
     from tl_codebook.checkpoint import Codebooks
 
 __all__ = ["HFCodebooks", "attach_hf", "refuse_sites"]
+
+_Change = Callable[[Tensor], Tensor]
 
 _CHILD = "codebooks"
 """The name under which a block holds its codebooks."""
@@ -68,9 +71,9 @@ class Snap:
 class _Stream:
     """The residual stream of one block: what happens to it at its start and at its end."""
 
-    pre: Snap | None
-    delta: Snap | None
-    post: Snap | None
+    pre: _Change | None
+    delta: _Change | None
+    post: _Change | None
     start: Tensor | None = None
 
     def enter(self, x: Tensor) -> Tensor:
@@ -91,8 +94,8 @@ class _Fused:
 
     axes: str
     n_heads: int
-    snaps: tuple[Snap | None, ...]
-    joint: Snap | None
+    snaps: tuple[_Change | None, ...]
+    joint: _Change | None
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.joint is not None:
@@ -158,14 +161,17 @@ def attach_hf(hf_model: Any, codes: str | Path | Codebooks | Mapping[str, Codebo
     Args:
         hf_model: gpt2, gpt_neox, gpt_neo, llama, mistral or qwen2; any weights of the basis that the codes were trained in.
         codes: A folder or hub name (as `export_hf` or `Codebooks.save_pretrained` wrote it), or codebooks by hook name. Sites: z q k v
-            attn_out mlp_out post resid_pre resid_post resid_delta, and qkv where one projection computes all three.
+            attn_out mlp_out post resid_pre resid_post resid_delta, and qkv where one projection computes all three. Where they know
+            their basis the model runs once, in evaluation mode, to compare it; other weights get a `BasisWarning`.
 
     Raises:
         ConfigError: an architecture that is not in the table (`tl_codebook.convert.layouts`), or what is no codebook.
         UnknownHookError: a layer or site that the model does not have, or no hook can reach (resid_mid).
         ShapeError: a codebook of another width than its site.
-        BasisMismatchError: codes trained with a larger vocabulary than the model's.
-        AttachError: a TransformerLens host, a model that holds codebooks, one Codebook for two sites, or weights that are offloaded.
+        BasisMismatchError: codes trained with a larger vocabulary than the model's, or on weights that were processed (value biases folded
+            too: only `attach` has room for an offset).
+        AttachError: a TransformerLens host, a model that holds codebooks, one Codebook for two sites, one at work in another model, or
+            weights that are offloaded.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> from tl_codebook import Codebook, CodebookConfig
@@ -184,6 +190,9 @@ def attach_hf(hf_model: Any, codes: str | Path | Codebooks | Mapping[str, Codebo
 
         codes = Codebooks.from_pretrained(codes)
     _refuse_codebooks(codes, blocks, hf_model, layout)
+    basis: Basis | None = getattr(codes, "basis", None)
+    if basis is not None:
+        _check_basis(basis, codes, hf_model, blocks, layout)
     books = dict(codes) if type(codes) is dict or not isinstance(codes, dict) else codes  # Codebooks stay Codebooks
     handle = HFCodebooks(hf_model, books, {name: Snap(book) for name, book in books.items()})
     devices = {layer: next(blocks[layer].parameters()).device for layer in _layers(books)}
@@ -262,6 +271,11 @@ def _refuse_codebooks(codes: Any, blocks: Any, model: Any, layout: Layout) -> No
         if id(book) in owner:
             raise AttachError(f"one Codebook was given for {owner[id(book)]!r} and {name!r}. Give each hook point its own (deepcopy).")
         owner[id(book)] = name
+        if book.at_work:
+            raise AttachError(
+                f"the codebook for {name!r} is at work in another model, at {book.label!r}. Give a copy (copy.deepcopy(codes)), or take it "
+                "out there first (detach, or remove of what attach_hf returned)."
+            )
         layer, site = _place(name)
         if layer >= len(blocks):
             raise UnknownHookError(f"a codebook for {name!r} was given. The model has {len(blocks)} layers: 0 to {len(blocks) - 1}.")
@@ -279,6 +293,44 @@ def _refuse_codebooks(codes: Any, blocks: Any, model: Any, layout: Layout) -> No
             f"these codes were trained with a vocabulary of more than {vocabulary} tokens, which is all this model has. Load the model "
             "that they were trained on."
         )
+
+
+def _check_basis(basis: Basis, names: Iterable[str], model: Any, blocks: Any, layout: Layout) -> None:
+    """Run the tokens of the basis through the model, and compare what passes the sites as `attach` does."""
+    from tl_codebook.basis import measured  # whoever has a basis has TransformerLens already
+
+    names = [name for name in names if name in basis.means]
+    known, used = getattr(model.config, "max_position_embeddings", None), basis.tokens.shape[1]
+    if known is not None and int(known) < used:
+        raise BasisMismatchError(f"these codes come from a model of {used} positions or more, and this one has {known}. Load that model.")
+    seen: dict[str, Tensor] = {}
+    hooks: list[RemovableHandle] = []
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for layer in sorted({_place(name)[0] for name in names}):
+            keepers = {_place(name)[1]: partial(_keep, seen, name) for name in names if _place(name)[0] == layer}
+            _hook(hooks, blocks[layer], keepers, layout, int(model.config.num_attention_heads))
+        model.eval()
+        with torch.no_grad():
+            model(basis.tokens.to(model.get_input_embeddings().weight.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes:
+            module.training = training
+    unprocessed = {"processed": False, "fold_ln": False, "center_writing_weights": False}
+    offsets = basis.compare(measured(seen, basis.tokens, unprocessed, None), names)
+    if offsets:
+        raise BasisMismatchError(
+            f"the activations at {next(iter(offsets))!r} differ by a constant from those that the codes were trained on, as folded value "
+            "biases make them, and a Hugging Face model has no room for the offset that would make up for it. Attach the codes to a "
+            "TransformerLens host (tl_codebook.attach), or train codes without weight processing."
+        )
+
+
+def _keep(seen: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    seen[name] = x.detach().clone()
+    return x
 
 
 def _projections(block: nn.Module, layout: Layout) -> dict[str, tuple[nn.Module, str]]:
@@ -314,19 +366,24 @@ def _hang(handle: HFCodebooks, block: nn.Module, layer: int, layout: Layout, n_h
         snap.book.label = here[site]
     block.add_module(_CHILD, nn.ModuleDict({site: snap.book for site, snap in snaps.items()}))
     handle._blocks.append(block)
+    _hook(handle._hooks, block, snaps, layout, n_heads)
+
+
+def _hook(hooks: list[RemovableHandle], block: nn.Module, snaps: Mapping[str, _Change], layout: Layout, n_heads: int) -> None:
+    """Hang what changes the activations of a block, by site, on its modules, and put the hooks down in the list."""
     projections = _projections(block, layout)
     if layout.fused and {"q", "k", "v", "qkv"} & set(snaps):
         fused = _Fused(layout.fused, n_heads, tuple(snaps.get(site) for site in "qkv"), snaps.get("qkv"))
-        handle._hooks.append(projections["q"][0].register_forward_hook(partial(_on_output, fused)))
+        hooks.append(projections["q"][0].register_forward_hook(partial(_on_output, fused)))
     for site, (module, end) in projections.items():
         if site not in snaps or (layout.fused and site in "qkv"):
             continue
         if end == "in":
-            handle._hooks.append(module.register_forward_pre_hook(partial(_on_input, snaps[site]), with_kwargs=True))
+            hooks.append(module.register_forward_pre_hook(partial(_on_input, snaps[site]), with_kwargs=True))
         else:
-            handle._hooks.append(module.register_forward_hook(partial(_on_output, snaps[site])))
+            hooks.append(module.register_forward_hook(partial(_on_output, snaps[site])))
     stream = _Stream(snaps.get("resid_pre"), snaps.get("resid_delta"), snaps.get("resid_post"))
     if stream.pre is not None or stream.delta is not None:
-        handle._hooks.append(block.register_forward_pre_hook(partial(_on_input, stream.enter), with_kwargs=True))
+        hooks.append(block.register_forward_pre_hook(partial(_on_input, stream.enter), with_kwargs=True))
     if stream.delta is not None or stream.post is not None:
-        handle._hooks.append(block.register_forward_hook(partial(_on_output, stream.leave)))
+        hooks.append(block.register_forward_hook(partial(_on_output, stream.leave)))

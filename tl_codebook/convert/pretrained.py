@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tl_codebook.codebook import Codebook
 from tl_codebook.errors import CheckpointError, ConfigError, nearest
 
 __all__ = ["check_causal", "check_object", "read_model", "read_tokenizer"]
@@ -60,6 +61,23 @@ def read_model(source: str | Path) -> Any:
     return model
 
 
+def _check_dtypes(path: Path) -> None:
+    """Refuse weights that are no plain floating-point numbers: transformers would cast them without a word."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            dtypes = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: its safetensors file is incomplete or damaged ({error}). Copy it again.") from error
+    for key, dtype in dtypes.items():
+        if dtype not in ("F32", "F16", "BF16", "F64") and not key.endswith(("attn.bias", "attention.bias", "masked_bias")):  # old masks
+            raise CheckpointError(
+                f"{path}: {key!r} is {dtype}. Floating-point weights (32, 16 or 64 bits) were expected: dequantise the model, or copy the "
+                "file again."
+            )
+
+
 def is_local(source: str | Path) -> bool:
     """Tell a path (there or not) from the name of a model on the hub."""
     text = str(source)
@@ -75,6 +93,11 @@ def check_object(model: Any) -> None:
         raise ConfigError(
             f"model={type(model).__name__} was given, which is no Hugging Face model. Give a folder written by save_pretrained, a hub "
             f"name, or a causal language model (AutoModelForCausalLM).{advice}"
+        )
+    if any(isinstance(module, Codebook) for module in model.modules()):
+        raise CheckpointError(
+            f"this {type(model).__name__} holds codebooks from attach_hf, which a host would not have. Call remove() on what attach_hf "
+            "returned, load the model, then attach() its codebooks to the host."
         )
     known = [base.__name__ for base in type(model).__mro__ if base.__module__.startswith("transformers.models.")]
     check_causal("the model that was given", model.config, known[:1] or [type(model).__name__])
@@ -158,6 +181,7 @@ def _check_type(folder: Path, config: dict[str, Any]) -> None:
 def _check_weights(folder: Path) -> None:
     """Accept model.safetensors, or its index with every shard beside it."""
     if (folder / "model.safetensors").is_file():
+        _check_dtypes(folder / "model.safetensors")
         return
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
@@ -177,6 +201,7 @@ def _check_weights(folder: Path) -> None:
             raise CheckpointError(f"{index}: weight_map names {shard!r}, which is no safetensors file of this folder. {_AGAIN}.")
         if not (folder / shard).is_file():
             raise CheckpointError(f"{index}: weight_map names {shard}, which is not there. The copy is incomplete: copy it again.")
+        _check_dtypes(folder / shard)
 
 
 def _check_report(source: Any, report: Mapping[str, Any]) -> None:
@@ -230,9 +255,13 @@ def read_tokenizer(source: Any, scratch: Path, vocabulary: int, *, required: boo
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=local, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exception for a file that it cannot parse
-        if not (local or required):
+        if not (local or required) and isinstance(error, OSError):
             return None  # a name on the hub without tokenizer files
         raise CheckpointError(f"{folder}: its tokenizer could not be loaded ({_first(error)}). Save it again, or give another.") from error
+    if not local and set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # made up: the hub has no files of one
+        if required:
+            raise CheckpointError(f"{folder} has no tokenizer on the hub. Give another.")
+        return None
     _check_vocabulary(tokenizer, "the tokenizer that was given" if required else f"the tokenizer of {folder}", vocabulary)
     return tokenizer
 

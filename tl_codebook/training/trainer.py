@@ -18,7 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from tl_codebook import files, hosts
 from tl_codebook.attachment import sites
-from tl_codebook.checkpoint import MANIFEST, restore_, save
+from tl_codebook.checkpoint import MANIFEST, check_target, restore_, save
 from tl_codebook.contexts import count_usage
 from tl_codebook.errors import CheckpointError, NonFiniteError, TrainingError
 from tl_codebook.training.config import CodebookTrainingConfig
@@ -80,6 +80,7 @@ class CodebookTrainer(HostTrainer):
         self.training_config = config or CodebookTrainingConfig()
         if not sites(hosts.as_host(model)):
             raise TrainingError("the model has no codebooks to train. Call attach(model, sites=..., n_codes=...) first.")
+        check_target(str(args.output_dir), overwrite=True)  # a checkpoint must not end beside the weights of another model
         super().__init__(model, args, train_dataset, eval_dataset, config=self.training_config, context_length=context_length, **kwargs)
         self.k_schedule = KSchedule(self.hooked, self.training_config)
         self.reviver: Reviver | None = None
