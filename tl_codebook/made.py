@@ -55,21 +55,22 @@ class JointPoint(CodebookPoint):
         if isinstance(projection, nn.Module):
             return projection.original_component(x)  # type: ignore[operator]
         if x.ndim != 3:
-            raise AttachError(
-                f"{self.site}: q, k and v have inputs of their own here (set_use_split_qkv_input or set_use_attn_in), and a codebook over "
-                "all three needs one. Switch that off, or detach the codebook."
-            )
+            raise self._no_common_input()
         weight, bias = getattr(attention, f"W_{letter.upper()}"), getattr(attention, f"b_{letter.upper()}")
         return einsum(x, weight, "batch pos d_model, head d_model d_head -> batch pos head d_head") + bias
+
+    def _no_common_input(self) -> AttachError:
+        return AttachError(
+            f"{self.site}: q, k and v have no input in common here (set_use_split_qkv_input or set_use_attn_in gives each its own), and a "
+            "codebook over all three needs one. Switch that off, or detach the codebook."
+        )
 
     def part(self, index: int, x: Float[Tensor, "batch pos ..."]) -> Float[Tensor, "batch pos ..."]:
         """Return what goes on at `hook_q`, `hook_k` or `hook_v` (`index` 0, 1, 2) in place of `x`."""
         kept, n_heads = self.__dict__, self.__dict__["n_heads"]
         if index == 0:
             if kept["inputs"] is None:
-                raise AttachError(
-                    f"{self.site}: hook_q fired without the attention around it. Run whole blocks, or use bypassed(model, 'qkv')."
-                )
+                raise self._no_common_input()
             of_k, of_v = kept["inputs"]
             joined = self(joined_heads([x, self._ahead("k", of_k), self._ahead("v", of_v)], n_heads))
             parts = rearrange(joined, "batch pos (head qkv d_head) -> qkv batch pos head d_head", head=n_heads, qkv=3)

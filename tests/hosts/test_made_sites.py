@@ -165,7 +165,7 @@ def test_an_input_for_each_of_the_three_is_refused():
         pytest.skip("this host has no split inputs")
     tlc.attach(model, {NAME: CodebookConfig(9)})
     model.set_use_split_qkv_input(True)
-    with pytest.raises(AttachError, match="q, k and v"):
+    with pytest.raises(AttachError, match="no input in common here"):
         model(TOKENS)
 
 
