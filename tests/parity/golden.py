@@ -65,15 +65,25 @@ def paper_book(tensors: Mapping[str, Tensor], k: int, similarity: str = "inner_p
     return book
 
 
+def read_key(key: str) -> tuple[int, str, int | None]:
+    """Read one of the original's keys: ``layer0_attn_preproj_gcb1`` is layer 0, attn_preproj, group 1.
+
+    >>> read_key("layer1_attn_plus_mlp")
+    (1, 'attn_plus_mlp', None)
+    """
+    match = re.fullmatch(r"layer(\d+)_(\w+?)(?:_gcb(\d+))?", key)
+    assert match is not None, key
+    return int(match[1]), match[2], None if match[3] is None else int(match[3])
+
+
 def place_of(key: str) -> Address:
-    """Read one of the original's keys: ``layer0_attn_preproj_gcb1`` is ``L0.z.1``.
+    """Return where we have what one of the original's keys names: ``layer0_attn_preproj_gcb1`` is ``L0.z.1``.
 
     >>> str(place_of("layer1_mlp"))
     'L1.mlp_out'
     """
-    match = re.fullmatch(r"layer(\d+)_(\w+?)(?:_gcb(\d+))?", key)
-    assert match is not None, key
-    return Address(int(match[1]), SITES[match[2]], None if match[3] is None else int(match[3]))
+    layer, place, group = read_key(key)
+    return Address(layer, SITES[place], group)
 
 
 def at_group(value: Tensor, place: Address) -> Tensor:

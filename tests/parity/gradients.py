@@ -44,6 +44,13 @@ NO_BIAS = {"gpt_neo": ("q_proj.bias", "k_proj.bias", "v_proj.bias")}
 """`model_type` -> what a HookedTransformer has and Hugging Face has not."""
 
 
+def model_type(model: Any) -> str:
+    """Return Hugging Face's name of the architecture of a host."""
+    if hasattr(model, "original_model"):
+        return str(model.original_model.config.model_type)
+    return ARCHITECTURES[model.cfg.original_architecture]
+
+
 def base_gradients(model: Any) -> dict[str, Tensor]:
     """Return the gradients of the base after a backward pass, by Hugging Face's names (``embed_out.weight`` as in transformers 4).
 
@@ -54,11 +61,8 @@ def base_gradients(model: Any) -> dict[str, Tensor]:
     """
     own = {id(parameter) for point in sites(model).values() for parameter in point.codebook.parameters()}
     found = {name: p.grad.detach() for name, p in model.named_parameters() if p.grad is not None and id(p) not in own}
-    if hasattr(model, "original_model"):
-        kind = model.original_model.config.model_type
-        return _from_bridge(found, kind, model.cfg.n_heads)
-    kind = ARCHITECTURES[model.cfg.original_architecture]
-    return _from_hooked(found, kind, model.cfg.n_heads)
+    read = _from_bridge if hasattr(model, "original_model") else _from_hooked
+    return read(found, model_type(model), model.cfg.n_heads)
 
 
 def assert_base_gradients(model: Any, want: Mapping[str, Tensor], prefix: str = "grad/base/") -> None:

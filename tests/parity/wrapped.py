@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,30 +9,14 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from tests.parity.gradients import assert_base_gradients, assert_close, assert_codebook_gradients
+from tests.parity.golden import read_key
+from tests.parity.gradients import assert_base_gradients, assert_close, assert_codebook_gradients, model_type
 from tl_codebook.attachment import sites
 from tl_codebook.convert.layouts import layout_of
 from tl_codebook.convert.original_config import PLACES
 from tl_codebook.names import codes_hook, hook_name
 from tl_codebook.training import CodebookTrainingConfig
 from tl_codebook.training.losses import codebook_loss
-
-
-def place_of_key(key: str) -> tuple[int, str, int | None]:
-    """Read ``layer0_attn_preproj_gcb1`` as layer, place and group.
-
-    >>> place_of_key("layer1_attn_plus_mlp")
-    (1, 'attn_plus_mlp', None)
-    """
-    match = re.fullmatch(r"layer(\d+)_(\w+?)(?:_gcb(\d+))?", key)
-    assert match is not None, key
-    return int(match[1]), match[2], None if match[3] is None else int(match[3])
-
-
-def model_type(model: Any) -> str:
-    if hasattr(model, "original_model"):
-        return str(model.original_model.config.model_type)
-    return {"GPT2LMHeadModel": "gpt2", "GPTNeoXForCausalLM": "gpt_neox", "GPTNeoForCausalLM": "gpt_neo"}[model.cfg.original_architecture]
 
 
 def ids_by_place(model: Any, cache: Mapping[str, Tensor], layer: int, place: str) -> Tensor:
@@ -57,7 +40,7 @@ def assert_places(model: Any, cache: Mapping[str, Tensor], data: Mapping[str, Te
     keys = [key.removeprefix(prefix).removesuffix(suffix) for key in data if key.startswith(prefix) and key.endswith(suffix)]
     seen = set()
     for key in keys:
-        layer, place, group = place_of_key(key)
+        layer, place, group = read_key(key)
         ids = ids_by_place(model, cache, layer, place)[:, :, group or 0]
         assert ids[keep].tolist() == data[f"{prefix}{key}{suffix}"][keep].tolist(), key
         joint = place == "qkv" and hook_name(layer, "qkv") in sites(model)
@@ -89,7 +72,7 @@ def backward(model: Any, data: Mapping[str, Tensor], config: CodebookTrainingCon
 def assert_gradients(model: Any, data: Mapping[str, Tensor], prefix: str = "") -> None:
     """Compare the gradients of base and codebooks with ``<prefix>grad/...`` of a case."""
     assert_base_gradients(model, data, f"{prefix}grad/base/")
-    places = {place_of_key(key.split("/")[-2])[:2] for key in data if key.startswith(f"{prefix}grad/cb/")}
+    places = {read_key(key.split("/")[-2])[:2] for key in data if key.startswith(f"{prefix}grad/cb/")}
     for layer, place in places:
         key = f"{prefix}grad/cb/layer{layer}_{place}"
         if place == "qkv" and hook_name(layer, "qkv") not in sites(model):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tl_codebook import hosts
 from tl_codebook.convert.layouts import LAYOUTS, Layout, layout_of
+from tl_codebook.convert.pretrained import unfilled_model
 from tl_codebook.errors import CheckpointError
 
 __all__ = ["hf_model_of"]
@@ -214,7 +215,7 @@ def hf_model_of(model: Any) -> Any:
 
 
 def _filled(config: Any, tensors: Mapping[str, Tensor]) -> Any:
-    hf_model = _without_memory(config)
+    hf_model = unfilled_model(config, config.dtype)
     apart = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
     if "embed_out.weight" in hf_model.state_dict() and "lm_head.weight" in apart:  # GPT-NeoX before transformers 5.14
         apart["embed_out.weight"] = apart.pop("lm_head.weight")
@@ -227,13 +228,6 @@ def _filled(config: Any, tensors: Mapping[str, Tensor]) -> Any:
         ) from error
     hf_model.tie_weights()
     return hf_model.eval()
-
-
-def _without_memory(config: Any) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=config.dtype)
 
 
 def _of_bridge(model: Any) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
@@ -251,7 +245,7 @@ def _of_bridge(model: Any) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
     layout = layout_of(str(inner.config.model_type))
     config = copy.deepcopy(inner.config)
     config.dtype = next(iter(inner.parameters())).dtype  # a model that was cast keeps the old one in its configuration
-    tensors = {name: _tensor(inner, name) for name in _without_memory(config).state_dict()}
+    tensors = {name: _tensor(inner, name) for name in unfilled_model(config, config.dtype).state_dict()}
     used = set(map(id, tensors.values()))
     if layout.fused:
         for layer in range(len(model.blocks)):

@@ -19,7 +19,7 @@ from tl_codebook.convert.huggingface import load_hf
 from tl_codebook.convert.layouts import Layout, layout_of
 from tl_codebook.convert.original_checkpoint import Parts, check_dtype, read_config, read_weights, split_weights
 from tl_codebook.convert.original_config import PLACES, OriginalConfig
-from tl_codebook.convert.pretrained import is_local, read_tokenizer
+from tl_codebook.convert.pretrained import first_line, is_local, read_tokenizer, unfilled_model
 from tl_codebook.errors import CheckpointError, CheckpointWarning, ConfigError
 from tl_codebook.names import hook_name
 
@@ -133,16 +133,15 @@ def _local(checkpoint: Any) -> Path:
         raise CheckpointError(
             f"the checkpoint is a {type(checkpoint).__name__}. Give the folder that save_pretrained wrote, or a hub name."
         )
-    folder = Path(checkpoint).expanduser()
+    folder = files.as_path(checkpoint)
     try:
         if folder.is_dir():
             return folder
-        if folder.exists() or is_local(checkpoint):
-            raise CheckpointError(
-                f"{checkpoint} is {'a file' if folder.exists() else 'not there'}. Give the folder that save_pretrained wrote."
-            )
-    except (OSError, ValueError) as error:  # a name that no file can have
+        there = folder.exists()
+    except OSError as error:  # a name longer than a file system has
         raise CheckpointError(f"{str(checkpoint)[:80]!r} is no name of a folder ({error}).") from error
+    if there or is_local(checkpoint):
+        raise CheckpointError(f"{checkpoint} is {'a file' if there else 'not there'}. Give the folder that save_pretrained wrote.")
     from huggingface_hub import snapshot_download
 
     try:
@@ -186,8 +185,9 @@ def _read_base(base: str | Path) -> Any:
     try:
         return AutoConfig.from_pretrained(str(folder if local else base), local_files_only=local, trust_remote_code=False)
     except Exception as error:  # what a wrong value raises is not one class
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"the base {base}: no configuration could be loaded from it ({reason}). Correct its config.json.") from error
+        raise CheckpointError(
+            f"the base {base}: no configuration could be loaded from it ({first_line(error)}). Correct its config.json."
+        ) from error
 
 
 def _model_of(config: Any, parts: Parts, path: Path) -> Any:
@@ -200,27 +200,22 @@ def _model_of(config: Any, parts: Parts, path: Path) -> Any:
         check_dtype(value, f"{path}: {name!r}")
         dtype = torch.promote_types(dtype, value.dtype) if i else value.dtype
     try:
-        with torch.device("meta"):  # names and shapes first, without the memory that a wrong base might ask for
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype)
+        model = unfilled_model(config, dtype)  # a wrong base might ask for any amount of memory
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"the base: no model can be built from its configuration ({reason}). Give the base that was wrapped."
+            f"the base: no model can be built from its configuration ({first_line(error)}). Give the base that was wrapped."
         ) from error
-    own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    own = dict(model.named_parameters(remove_duplicate=False))
     if "embed_out.weight" in weights and "embed_out.weight" not in own:  # GPT-NeoX: transformers 5 calls it lm_head
         weights["lm_head.weight"] = weights.pop("embed_out.weight")
-    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    embedding = next(name for name, value in own.items() if value is model.get_input_embeddings().weight)
-    head = weights.get("lm_head.weight")
-    if tied:
-        if head is not None and embedding in weights and not torch.equal(head, weights[embedding]):
+    shared = model.get_input_embeddings().weight
+    if shared is model.get_output_embeddings().weight and (head := weights.pop("lm_head.weight", None)) is not None:
+        embedding = next(name for name, value in own.items() if value is shared)
+        kept = weights.setdefault(embedding, head)
+        if kept is not head and not torch.equal(kept, head):
             raise CheckpointError(
                 f"{path}: its lm_head differs from its embedding, and the base ties them. Give a base with tie_word_embeddings=False."
             )
-        if head is not None:
-            weights.setdefault(embedding, weights.pop("lm_head.weight"))
-            weights.pop("lm_head.weight", None)
     needed = {name for name, _ in model.named_parameters()}
     if set(weights) != needed:
         missing, extra = sorted(needed - set(weights)), sorted(set(weights) - needed)

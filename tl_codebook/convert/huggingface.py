@@ -20,7 +20,7 @@ from tl_codebook.convert.hooked_config import UnrepresentableError, hooked_from_
 from tl_codebook.convert.pretrained import check_object, is_local, read_model, read_tokenizer
 from tl_codebook.errors import CheckpointError, ConfigError
 
-__all__ = ["load_hf"]
+__all__ = ["load_hf", "probe_tokens"]
 
 NO_PLACE: dict[str, dict[str, dict[str, Any]]] = {
     "hooked": {"gpt2": {"add_cross_attention": True}, "llama": {"mlp_bias": True}},
@@ -86,7 +86,7 @@ def _load(model: Any, tokenizer: Any, host: str, device: str | torch.device | No
         name = None if is_local(source) else source
     beside = model if tokenizer is None and isinstance(model, str | Path) else tokenizer
     tokenizer = read_tokenizer(beside, scratch, _vocabulary(hf_model), required=tokenizer is not None)
-    probe = _probe_tokens(hf_model)
+    probe = probe_tokens(hf_model)
     expected = _logits(hf_model, probe, source)
     try:
         result = hooked_from_hf(hf_model, tokenizer) if host == "hooked" else _bridge(hf_model, tokenizer, name)
@@ -141,7 +141,7 @@ def _vocabulary(hf_model: Any) -> int:
     return int(hf_model.get_input_embeddings().weight.shape[0])
 
 
-def _probe_tokens(hf_model: Any) -> Tensor:
+def probe_tokens(hf_model: Any) -> Tensor:
     """Return rows of tokens that reach beyond every window that is affordable, within what the model can take."""
     config = hf_model.config.get_text_config()
     limit = min(getattr(config, field, None) or _AFFORDABLE for field in _CONTEXT)

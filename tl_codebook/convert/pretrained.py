@@ -13,10 +13,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tl_codebook.codebook import Codebook
 from tl_codebook.errors import CheckpointError, ConfigError, nearest
 
-__all__ = ["check_causal", "check_object", "read_model", "read_tokenizer"]
+__all__ = ["check_causal", "check_object", "first_line", "is_local", "read_model", "read_tokenizer", "unfilled_model"]
 
 _VOCABULARY_FILES = (
     *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt"),
@@ -51,7 +53,7 @@ def read_model(source: str | Path) -> Any:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
-            f"{source}: no causal language model could be loaded from it ({_first(error)}). {_AGAIN}, or correct its config.json."
+            f"{source}: no causal language model could be loaded from it ({first_line(error)}). {_AGAIN}, or correct its config.json."
         ) from error
     except Exception as error:  # safetensors raises a class of its own
         if type(error).__module__.startswith("safetensors"):
@@ -174,7 +176,7 @@ def _check_type(folder: Path, config: dict[str, Any]) -> None:
     try:
         parsed = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers validates fields with classes of its own
-        raise CheckpointError(f"{folder}/config.json does not describe a {kind} model ({_first(error)}). Correct it.") from error
+        raise CheckpointError(f"{folder}/config.json does not describe a {kind} model ({first_line(error)}). Correct it.") from error
     check_causal(folder, parsed, [name for name in config.get("architectures") or [] if isinstance(name, str)])
 
 
@@ -195,7 +197,7 @@ def _check_weights(folder: Path) -> None:
     try:
         shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index}: weight_map cannot be read ({_first(error)}). {_AGAIN}.") from error
+        raise CheckpointError(f"{index}: weight_map cannot be read ({first_line(error)}). {_AGAIN}.") from error
     for shard in shards:
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise CheckpointError(f"{index}: weight_map names {shard!r}, which is no safetensors file of this folder. {_AGAIN}.")
@@ -257,7 +259,9 @@ def read_tokenizer(source: Any, scratch: Path, vocabulary: int, *, required: boo
     except Exception as error:  # tokenizers raises bare Exception for a file that it cannot parse
         if not (local or required) and isinstance(error, OSError):
             return None  # a name on the hub without tokenizer files
-        raise CheckpointError(f"{folder}: its tokenizer could not be loaded ({_first(error)}). Save it again, or give another.") from error
+        raise CheckpointError(
+            f"{folder}: its tokenizer could not be loaded ({first_line(error)}). Save it again, or give another."
+        ) from error
     if not local and set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # made up: the hub has no files of one
         if required:
             raise CheckpointError(f"{folder} has no tokenizer on the hub. Give another.")
@@ -277,8 +281,17 @@ def _check_vocabulary(tokenizer: Any, whose: str, vocabulary: int) -> None:
         )
 
 
-def _first(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return what an error says in its first line, or its kind where it says nothing; for messages that quote it."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def unfilled_model(config: Any, dtype: torch.dtype) -> Any:
+    """Return the causal language model of a configuration without memory for its weights: its names and shapes."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def _some(names: Iterable[str], most: int = 6) -> str:

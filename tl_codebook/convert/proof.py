@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from tl_codebook import hosts
 from tl_codebook.attachment import sites
 from tl_codebook.codebook import Codebook
+from tl_codebook.convert.huggingface import probe_tokens
 from tl_codebook.convert.inside import attach_hf
 from tl_codebook.errors import CheckpointError
 
@@ -42,7 +42,7 @@ def compare_with_hf(model: Any, hf_model: Any, codes: str | Path | Mapping[str, 
     """
     exact = next(hf_model.parameters()).dtype in (torch.float32, torch.float64)
     limit = 1e-4 if exact else 0.1  # bf16: up to 0.03 measured for equal weights, where the two round in another order
-    tokens = _probe_tokens(model, hf_model).to(hosts.home_device(model, "hook_embed"))
+    tokens = probe_tokens(hf_model)
     with torch.no_grad():
         difference = _compare(_run(model, tokens, codes=False)[0], hf_model(tokens).logits, limit, "without codebooks")
         if codes is None:
@@ -63,13 +63,6 @@ def compare_with_hf(model: Any, hf_model: Any, codes: str | Path | Mapping[str, 
                 "Nothing was written."
             )
     return Agreement(difference, equal, tokens.numel())
-
-
-def _probe_tokens(model: Any, hf_model: Any) -> Int[Tensor, "batch pos"]:
-    """Spread token ids over the vocabulary, in rows longer than a local window where there is one."""
-    window = max([int(getattr(hf_model.config, name, None) or 0) for name in ("window_size", "sliding_window")])
-    n_pos = max(2, min(int(model.cfg.n_ctx), max(24, window + 8)))
-    return (torch.arange(3 * n_pos) * 7919 + 13).remainder(int(model.cfg.d_vocab)).reshape(3, n_pos)
 
 
 def _run(model: Any, tokens: Tensor, *, codes: bool) -> tuple[Tensor, dict[str, Tensor]]:
