@@ -23,6 +23,7 @@ from tl_codebook.attachment import sites
 from tl_codebook.checkpoint import FORMAT_VERSION, MANIFEST, Codebooks
 from tl_codebook.convert.back_to_hf import hf_model_of
 from tl_codebook.convert.inside import refuse_sites
+from tl_codebook.convert.pretrained import read_model
 from tl_codebook.convert.proof import Agreement, compare_with_hf
 from tl_codebook.errors import CheckpointError, CheckpointExistsError
 
@@ -160,11 +161,8 @@ def _write(model: Any, hf_model: Any, staging: Path) -> None:
 
 def _prove(model: Any, staging: Path) -> Agreement:
     """Load what was written and compare it with the host."""
-    from transformers import AutoModelForCausalLM
-
-    device = hosts.home_device(model, "hook_embed")
-    hf_model: Any = AutoModelForCausalLM.from_pretrained(str(staging), local_files_only=True, trust_remote_code=False)
-    return compare_with_hf(model, hf_model.to(device).eval(), staging if (staging / MANIFEST).is_file() else None)
+    hf_model = read_model(staging).to(hosts.home_device(model, "hook_embed"))
+    return compare_with_hf(model, hf_model, staging if (staging / MANIFEST).is_file() else None)
 
 
 def _sync(folder: Path) -> None:

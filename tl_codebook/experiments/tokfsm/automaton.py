@@ -33,6 +33,13 @@ def _check(word: str, values: Tensor, n_values: int) -> None:
         raise DataError(f"{word} {int(wrong[0])} was given, but there are {n_values} {word}s. Give 0 to {n_values - 1}, or -1 for none.")
 
 
+def _count_pairs(first: Tensor, second: Tensor, n_first: int, n_second: int) -> Int[Tensor, "first second"]:
+    """Count the pairs of two tensors of one shape, where neither is below 0."""
+    first, second = first.cpu().long(), second.cpu().long()
+    seen = (first >= 0) & (second >= 0)
+    return torch.bincount(first[seen] * n_second + second[seen], minlength=n_first * n_second).unflatten(0, (n_first, n_second))
+
+
 def read_automaton(labels: Int[Tensor, "sequence step"], n_labels: int) -> Int[Tensor, "label next"]:
     """Count how often each label follows each, one step later in the same sequence.
 
@@ -48,9 +55,7 @@ def read_automaton(labels: Int[Tensor, "sequence step"], n_labels: int) -> Int[T
     [[0, 1], [1, 1]]
     """
     _check("label", labels, n_labels)
-    before, after = labels[:, :-1].cpu().long(), labels[:, 1:].cpu().long()
-    seen = (before >= 0) & (after >= 0)
-    return torch.bincount(before[seen] * n_labels + after[seen], minlength=n_labels**2).unflatten(0, (n_labels, n_labels))
+    return _count_pairs(labels[:, :-1], labels[:, 1:], n_labels, n_labels)
 
 
 def majority_states(
@@ -75,9 +80,7 @@ def majority_states(
     _check("state", states, n_states)
     if labels.shape != states.shape:
         raise ShapeError(f"labels {list(labels.shape)} and states {list(states.shape)} were given. Give a state for each label.")
-    seen = (labels >= 0) & (states >= 0)
-    pairs = labels[seen].cpu().long() * n_states + states[seen].cpu().long()
-    counts = torch.bincount(pairs, minlength=n_labels * n_states).unflatten(0, (n_labels, n_states))
+    counts = _count_pairs(labels, states, n_labels, n_states)
     # argmax may return any of equals, so ties are settled before it.
     best = (counts == counts.amax(1, keepdim=True)).int().argmax(1)
     return best.masked_fill(counts.sum(1) == 0, -1)
