@@ -1,4 +1,7 @@
-"""The base model inside a checkpoint: its configuration, its weights, and how it is built again from both."""
+"""The base model inside a checkpoint: its configuration, its weights, and how it is built again from both.
+
+A model without codebooks, in training or trained, has a folder of its own: ``tl_codebook_base.json`` and ``model.<hash>.safetensors``.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_codebook import hosts
+from tl_codebook import files, hosts
 from tl_codebook.building import bridge_around, hooked_from_config, native_bridge
 from tl_codebook.errors import CheckpointError, ConfigError
 
-__all__ = ["build", "describe", "freeze_", "frozen_zeros", "put_weights_", "weights_of"]
+__all__ = ["BASE_MANIFEST", "build", "describe", "freeze_", "frozen_zeros", "put_weights_", "restore_base_", "save_base", "weights_of"]
+
+BASE_MANIFEST = "tl_codebook_base.json"
+_BASE_FORMAT = "tl_codebook base"
 
 
 def _parameters(model: Any) -> dict[str, Tensor]:
@@ -122,3 +128,33 @@ def freeze_(model: Any, names: Any, folder: Path) -> None:
         raise CheckpointError(f"{folder}: its frozen parameters are {names!r:.200}, and not all are in the model. Copy it again.")
     for name in names:
         own[name].requires_grad_(False)
+
+
+def save_base(model: Any, folder: Path, **about: Any) -> None:
+    """Write the weights of a host, without codebooks, and what else is to be known about them (JSON values); `restore_base_` reads it.
+
+    The manifest is replaced last and in one step, so a process killed in between leaves what was there before.
+    """
+    with files.made(folder), files.one_writer(folder):
+        before = files.read_json(folder / BASE_MANIFEST) if (folder / BASE_MANIFEST).is_file() else {}
+        manifest = {
+            "format": _BASE_FORMAT,
+            "format_version": 1,
+            "weights": files.write_tensors(folder, "model", weights_of(model)),
+            **about,
+        }
+        files.replace_json(folder / BASE_MANIFEST, manifest)
+        files.remove_stale(folder, before, manifest)
+
+
+def restore_base_(model: Any, folder: Path) -> dict[str, Any]:
+    """Bring the weights of a host back to what `save_base` wrote, and return the manifest.
+
+    Raises:
+        CheckpointError: the folder holds none, or of another model, or it is damaged.
+    """
+    manifest = files.read_json(folder / BASE_MANIFEST, again="Train it again.")
+    if (manifest.get("format"), manifest.get("format_version")) != (_BASE_FORMAT, 1):
+        raise CheckpointError(f"{folder / BASE_MANIFEST} is of a format that is not read. Use the release that wrote it.")
+    put_weights_(model, files.read_tensors(folder, manifest.get("weights")), folder)
+    return manifest

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tl_codebook.errors import ConfigError, NonFiniteError, ShapeError
-from tl_codebook.snap import decode, select, snap, straight_through
+from tl_codebook.snap import decode, select, snap, through
 from tl_codebook.usage import Usage
 
 __all__ = ["Codebook", "CodebookConfig", "SnapTerms"]
@@ -160,6 +160,10 @@ class Codebook(nn.Module):
         """False detaches the codes from what comes after (the VQ-VAE estimator); their only gradient is the reconstruction term."""
         self.k_now: int | None = None
         """Codes chosen instead of the configured k while a k schedule trains; None = the configured k. No part of a checkpoint."""
+        self.estimator = "straight_through"
+        """How the gradient passes the snap, see `tl_codebook.snap.through`; the trainer sets it while it trains. Not in checkpoints."""
+        self.strength = 1.0
+        """How far from the input to the codes the output lies while a ramp trains, 0 to 1; 1 = the codes. No part of a checkpoint."""
         self.count_when: Literal["train", "always", "never"] = "train"
         self.token_mask: Bool[Tensor, "*lead"] | None = None
         self._mask_of_forward: Tensor | None = None
@@ -282,7 +286,7 @@ class Codebook(nn.Module):
         ids: Int[Tensor, "*lead group slot"],
         q: Float[Tensor, "*lead group d_group"] | None = None,
     ) -> Float[Tensor, "*lead group d_group"]:
-        """Decode ids (unless `snap` has, and gave `q`), straight through to `y`; keep this forward's loss terms and count what fired."""
+        """Decode ids (unless `snap` has, and gave `q`), differentiable in `y`; keep this forward's loss terms and count what fired."""
         if q is None:
             q = self.decode(ids)
             if self.on_nonfinite == "propagate":
@@ -300,7 +304,7 @@ class Codebook(nn.Module):
             if self.keep_inputs:
                 flat = (y.detach().flatten(0, -3), q.detach().flatten(0, -3))
                 self.last_inputs = flat if mask is None else (flat[0][mask.reshape(-1)], flat[1][mask.reshape(-1)])
-        return straight_through(y, q, self.lm_gradient_to_codes)
+        return through(y, q, to_codes=self.lm_gradient_to_codes, estimator=self.estimator, strength=self.strength)
 
     def _mask_for(self, y: Tensor) -> Tensor | None:
         if self.token_mask is None:

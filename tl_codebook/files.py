@@ -33,6 +33,7 @@ __all__ = [
     "read_tensors",
     "remove_stale",
     "replace_json",
+    "replace_text",
     "resolve",
     "write_folder",
     "write_tensors",
@@ -184,12 +185,16 @@ def write_folder(folder: Path, stem: str, write: Callable[[Path], Any]) -> dict[
 
 def replace_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file in one step: readers see the old one or the new one."""
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    _atomically(path, lambda temporary: _write_text(temporary, text))
+    replace_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def replace_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file in one step: readers see the old one or the new one."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    _atomically(path, write)
 
 
 def remove_stale(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

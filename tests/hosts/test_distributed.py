@@ -23,9 +23,9 @@ from tests.hosts.training import rows, trainer_of, with_books, weights
 from tl_codebook.training import CodebookTrainingConfig
 import tl_codebook as tlc
 
-kind, folder, batch = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+kind, folder, batch, options = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
 model = with_books(kind, n_codes=32)
-config = CodebookTrainingConfig(init_iterations=2, revive_every=2, revive_until=1.0)
+config = CodebookTrainingConfig(init_iterations=2, revive_every=2, revive_until=1.0, **options)
 batches = {"per_device_train_batch_size": batch, "per_device_eval_batch_size": batch}
 backend = {"ddp_backend": "gloo"} if batch < 4 else {}
 trainer = trainer_of(model, folder / "run", config, max_steps=5, eval_dataset=rows(8, seed=2), **batches, **backend)
@@ -38,7 +38,7 @@ counts = {name: int(point.codebook.usage.counts.sum()) for name, point in tlc.si
 """
 
 
-def launch(kind, folder, processes):
+def launch(kind, folder, processes, options):
     """Run the program in so many processes, and return what each was left with."""
     folder.mkdir()
     script = folder / "program.py"
@@ -51,7 +51,7 @@ def launch(kind, folder, processes):
     if processes > 1:
         call += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port)]
     done = subprocess.run(
-        [*call, str(script), kind, str(folder), str(4 // processes)],
+        [*call, str(script), kind, str(folder), str(4 // processes), json.dumps(options)],
         env=environment,
         cwd=REPOSITORY,
         capture_output=True,
@@ -68,11 +68,15 @@ def launch(kind, folder, processes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [f"{host}-gpt2" for host in HOSTS])
-def test_two_processes_train_as_one(kind, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(f"{host}-gpt2", {}) for host in HOSTS] + [("bridge-gpt2", {"estimator": "rotation", "kl_to_base": 2.0, "ramp_steps": 3})],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value) or "defaults",
+)
+def test_two_processes_train_as_one(kind, options, tmp_path):
     """k-means in one process, revival by the counts and inputs of both; 1e-5 is the order in which gradients are added up."""
-    (one,), (about,) = launch(kind, tmp_path / "one", 1)
-    both, (first, second) = launch(kind, tmp_path / "two", 2)
+    (one,), (about,) = launch(kind, tmp_path / "one", 1, options)
+    both, (first, second) = launch(kind, tmp_path / "two", 2, options)
     assert about["processes"] == 1
     assert first["processes"] == second["processes"] == 2
     for name, value in both[0].items():

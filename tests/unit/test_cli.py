@@ -94,6 +94,7 @@ def test_help_of_a_verb(verb, capsys):
         main([verb, "--help"])
     assert done.value.code == 0
     says = {
+        "tokfsm": "mini (20 states, 2 layers; minutes) or paper (100 states, 4 layers; hours on a CPU)",
         "train": "Hugging Face folder or hub name",
         "convert": "the model that codebook-features wrapped: folder or hub name",
         "bench": "Groups, width of a group, codes, k: 12x64x10000x8",

@@ -1,15 +1,19 @@
 """From files and texts to rows of tokens, and the faults on the way (faults.md, 39 to 41)."""
 
 import json
+from types import SimpleNamespace
 
 import datasets
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.tiny import make_hf, make_host
 from tl_codebook.convert.huggingface import load_hf
 from tl_codebook.errors import DataError
 from tl_codebook.training import collate, load_dataset_from, tokenize_dataset
+from tl_codebook.training.data import _suspects
 
 TEXTS = ["w5 w6 w7", "w8 w9", "w10 w11 w12 w13"]
 
@@ -154,6 +158,100 @@ def test_faults(model, fault):
 def test_texts_without_a_tokenizer():
     with pytest.raises(DataError, match="no tokenizer, so texts cannot be read"):
         tokenize_dataset(TEXTS, load_hf(make_hf("gpt2"), host="bridge"))
+
+
+# --- rows that are there already: looked at by the column, with the errors of one look at each ---
+
+
+class Rows:
+    """As much of a dataset as `tokenize_dataset` needs, without Arrow: its rows are looked at one by one."""
+
+    column_names = ("input_ids",)
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, name):
+        return self.rows
+
+    def select_columns(self, names):
+        return self
+
+
+def said(data, model):
+    """What is wrong with the data, or None."""
+    try:
+        tokenize_dataset(data, model)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+TOKENS_AS = {
+    **{f"int{bits}": datasets.List(datasets.Value(f"int{bits}")) for bits in (8, 16, 32, 64)},
+    "uint16": datasets.List(datasets.Value("uint16")),
+    "large": datasets.LargeList(datasets.Value("int32")),
+    "fixed": datasets.List(datasets.Value("int64"), length=3),
+}
+
+
+@pytest.mark.parametrize("kind", TOKENS_AS)
+@pytest.mark.parametrize("bad", [None, 61, 127])
+def test_columns_of_every_integer(model, kind, bad):
+    rows = [[3, 4, 60]] * 1500 + [[5, 6, bad or 7]] + [[3, 99, 5]] * (bad is not None)
+    data = datasets.Dataset.from_dict({"input_ids": rows}, datasets.Features({"input_ids": TOKENS_AS[kind]}))
+    if bad is None:
+        assert said(data, model) is None
+        assert list(_suspects(data, 61, 48)) == []
+    else:
+        assert said(data, model).startswith(f"DataError: the dataset has the token id {bad}, the model 61 tokens.")
+        assert [len(rows) for rows in _suspects(data, 61, 48)] == [502]
+
+
+@given(st.lists(st.lists(st.sampled_from([3, 60, 3, 60, 3, 60, 61, -1]), max_size=7), min_size=1, max_size=4))
+def test_errors_are_those_of_a_look_at_each_row(rows):
+    model = SimpleNamespace(cfg=SimpleNamespace(d_vocab=61, n_ctx=5))
+    data = datasets.Dataset.from_dict({"input_ids": rows}, datasets.Features({"input_ids": TOKENS_AS["int16"]}))
+    assert said(data, model) == said(Rows(rows), model)
+
+
+@pytest.mark.parametrize("rows", [[[3, 4], None], [[3, 4], [3, None]], [[3, 4], []], [[], []]], ids=str)
+def test_what_is_missing_is_found_as_before(model, rows):
+    data = datasets.Dataset.from_dict({"input_ids": rows}, datasets.Features({"input_ids": TOKENS_AS["int64"]}))
+    assert said(data, model) == said(Rows(rows), model)
+    assert said(data, model) is not None
+
+
+def test_rows_that_an_index_picks(model):
+    data = datasets.Dataset.from_dict({"input_ids": [[3, 4], [3, 61], [5, 6], [7], [8, 9]] * 600})
+    good = [i for i in range(3000) if i % 5 not in (1, 3)]
+    assert said(data.select(good), model) is None
+    assert said(data.select(good).shuffle(seed=1), model) is None
+    assert said(data.select([*good[:1200], 8]), model) == said(Rows([[7]]), model)
+    assert said(data.select([*good, 1]).shuffle(seed=1), model) == said(Rows([[3, 61]]), model)
+    assert said(data.select(range(2, 3)), model) is None
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy"])
+def test_a_format_of_its_own(model, form):
+    data = datasets.Dataset.from_dict({"input_ids": [[3, 4], [3, 61]]}).with_format(form)
+    assert said(data, model) == said(Rows([[3, 61]]), model)
+    got = tokenize_dataset(data.select([0]), model)
+    assert got.format["type"] == form
+
+
+def test_a_transform_is_what_is_looked_at(model):
+    data = datasets.Dataset.from_dict({"input_ids": [[3, 4]]})
+    changed = data.with_transform(lambda batch: {"input_ids": [[token + 58 for token in row] for row in batch["input_ids"]]})
+    assert said(changed, model) == said(Rows([[61, 62]]), model)
+
+
+def test_ids_that_are_no_integers_are_looked_at_one_by_one(model):
+    data = datasets.Dataset.from_dict({"input_ids": [[3.0, 61.5]]})
+    assert said(data, model) == said(Rows([[3.0, 61.5]]), model)
 
 
 # --- batches ---

@@ -12,6 +12,7 @@ from tl_codebook import Codebook, CodebookConfig
 from tl_codebook.errors import ConfigError, TrainingError
 from tl_codebook.training import CodebookTrainingConfig, codebook_loss, collate, parameter_groups
 from tl_codebook.training.losses import LanguageModel
+from tl_codebook.training.teacher import BaseTeacher
 
 BAD = [
     ("codes_learning_rate", -1.0),
@@ -36,6 +37,16 @@ BAD = [
     ("k_decay_steps", True),
     ("k_decay_power", 0.0),
     ("k_decay_power", math.nan),
+    ("estimator", "gumbel"),
+    ("estimator", None),
+    ("kl_to_base", -1.0),
+    ("kl_to_base", math.nan),
+    ("kl_to_base", math.inf),
+    ("kl_to_base", True),
+    ("kl_to_base", "1"),
+    ("ramp_steps", -1),
+    ("ramp_steps", 2.0),
+    ("ramp_steps", True),
 ]
 
 
@@ -215,6 +226,84 @@ def test_a_batch_in_two_parts_is_the_batch(model):
     assert got.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-6)
+
+
+# --- the divergence from the base ---
+
+KL = CodebookTrainingConfig(kl_to_base=3.0)
+
+
+def with_teacher(model, config=KL):
+    """A language model whose base has moved since its teacher was made, in training mode, and the teacher."""
+    wrapped = LanguageModel(model, config).train()
+    wrapped.teacher = BaseTeacher(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    return wrapped
+
+
+def kl_by_hand(base, model, rows):
+    """The sum of KL(base || model) over the tokens predicted, row by row, of what two functions make of tokens."""
+    total = 0.0
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]])
+        with torch.no_grad():
+            p, q = (function(ids)[0, :-1].double().log_softmax(-1) for function in (base, model))
+        total += float((p.exp() * (p - q)).sum())
+    return total
+
+
+def test_the_divergence_by_hand(model):
+    with tlc.bypassed(model):
+        before = [model(torch.tensor([row["input_ids"]])).detach() for row in ROWS]
+    wrapped = with_teacher(model)
+    logits = {tuple(row["input_ids"]): value for row, value in zip(ROWS, before, strict=True)}
+    kl = kl_by_hand(lambda ids: logits[tuple(ids[0].tolist())], model.eval(), ROWS)
+    _, count, _ = by_hand(model, ROWS)
+    batch = collate(ROWS)
+    with_kl = wrapped.train()(**batch)["loss"].item()
+    in_parts = wrapped(**batch, num_items_in_batch=torch.tensor(4 * count))["loss"].item()
+    without = LanguageModel(model, CodebookTrainingConfig()).train()(**batch)["loss"].item()
+    assert kl / count > 0.1
+    assert with_kl - without == pytest.approx(3.0 * kl / count, rel=1e-4)
+    assert in_parts == pytest.approx(with_kl / 4, rel=1e-6)
+
+
+def test_no_divergence_without_codebooks_and_movement(model):
+    wrapped, plain = LanguageModel(model, KL).train(), LanguageModel(model, CodebookTrainingConfig()).train()
+    wrapped.teacher = BaseTeacher(model)
+    with tlc.bypassed(model):
+        assert wrapped(**collate(ROWS))["loss"].item() == pytest.approx(plain(**collate(ROWS))["loss"].item(), abs=1e-6)
+    assert wrapped(**collate(ROWS))["loss"].item() > plain(**collate(ROWS))["loss"].item() + 0.1
+
+
+def test_the_divergence_moves_the_model_alone(model):
+    """Its gradient is that of a cross entropy whose targets, the base's probabilities, are constants."""
+    wrapped, batch = with_teacher(model), collate(ROWS)
+    base = wrapped.teacher.logits(batch["input_ids"])
+    assert not base.requires_grad
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(wrapped(**batch)["loss"], parameters, allow_unused=True)
+    out = LanguageModel(model, CodebookTrainingConfig()).train()(**batch)
+    valid = batch["labels"][:, 1:] != -100
+    cross = -(base.softmax(-1) * out["logits"].log_softmax(-1))[:, :-1][valid].sum() / valid.sum()
+    wanted = torch.autograd.grad(out["loss"] + 3.0 * cross, parameters, allow_unused=True)
+    for grad, want in zip(grads, wanted, strict=True):
+        assert (grad is None) == (want is None)
+        if grad is not None:
+            torch.testing.assert_close(grad, want, rtol=1e-4, atol=1e-5)
+
+
+def test_an_evaluation_knows_no_divergence(model):
+    wrapped, plain = with_teacher(model).eval(), LanguageModel(model, CodebookTrainingConfig()).eval()
+    assert wrapped(**collate(ROWS))["loss"] == plain(**collate(ROWS))["loss"]
+
+
+def test_a_divergence_from_no_base_is_refused(model):
+    with pytest.raises(TrainingError, match=r"kl_to_base=3\.0 was asked for, and there is no base to compare with"):
+        LanguageModel(model, KL).train()(**collate(ROWS))
 
 
 def test_padding_counts_nothing(model):

@@ -10,7 +10,7 @@ from tests.tiny import make_host
 from tl_codebook import Codebook, CodebookConfig
 from tl_codebook.errors import DataError
 from tl_codebook.snap import decode, select
-from tl_codebook.training.initialisation import fit_codes, initialise_codes_, kmeans, stage_sizes
+from tl_codebook.training.initialisation import fit_codes, initialise_codes_, kmeans, spread_centres, stage_sizes
 
 
 def seeded(seed=0):
@@ -75,11 +75,32 @@ def test_kmeans_is_the_same_for_a_seed_and_leaves_the_global_one_alone():
 
 def test_one_lloyd_iteration_by_hand():
     x = torch.tensor([0.0, 1.0, 10.0, 13.0]).reshape(4, 1, 1)
-    order = torch.randperm(4, generator=seeded(2))[:2]
-    first = x[order].flatten()
+    first = spread_centres(x, 2, generator=seeded(2)).flatten()
     nearest = (x.flatten()[:, None] - first).abs().argmin(-1)
     expected = torch.stack([x.flatten()[nearest == centre].mean() for centre in range(2)])
     torch.testing.assert_close(kmeans(x, 2, n_iterations=1, generator=seeded(2)).flatten(), expected)
+
+
+def test_a_centre_is_drawn_with_the_square_of_its_distance_to_those_before():
+    x = torch.tensor([0.0, 1.0, 3.0]).reshape(3, 1, 1)
+    drawn = [spread_centres(x, 2, generator=seeded(seed)).flatten().tolist() for seed in range(2000)]
+    after_zero = [second for first, second in drawn if first == 0.0]
+    assert 0.0 not in after_zero
+    assert after_zero.count(3.0) / len(after_zero) == pytest.approx(9 / 10, abs=0.04)  # 1 and 9 are the squares; about 670 draws
+
+
+def test_spread_centres_find_rare_clusters_in_every_group():
+    where = torch.randn(30, 2, 8, generator=seeded()) * 5
+    sizes = torch.tensor([2000] + [3] * 29)  # at random, most centres would fall into the first
+    x = where.repeat_interleave(sizes, dim=0) + 0.01 * torch.randn(int(sizes.sum()), 2, 8, generator=seeded(1))
+    centres = spread_centres(x, 30, generator=seeded(2))
+    for group in range(2):
+        assert torch.cdist(where[:, group], centres[group]).min(-1).values.max() < 0.5
+
+
+def test_many_centres_are_drawn_several_at_a_time():
+    x = torch.randn(5000, 1, 3, generator=seeded())
+    assert torch.unique(spread_centres(x, 2100, generator=seeded())[0], dim=0).shape[0] > 2000
 
 
 def test_more_centres_than_vectors():

@@ -12,6 +12,7 @@ from tl_codebook.errors import CodebookError
 __all__ = ["VERBS", "main"]
 
 VERBS = {
+    "tokfsm": "Train a model and its codes on a finite state machine, and check the codes against it. Nothing to download.",
     "train": "Attach codebooks to a language model, train them, and report what they cost.",
     "convert": "Bring in a checkpoint of codebook-features, or take a trained model back to Hugging Face.",
     "bench": "Measure what a snap costs on this machine, beside the plain ways to write it.",

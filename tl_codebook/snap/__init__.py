@@ -13,10 +13,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_codebook.errors import ConfigError, InvalidCodeError, ShapeError
-from tl_codebook.snap.gradients import straight_through
+from tl_codebook.snap.gradients import straight_through, through
 from tl_codebook.snap.ops import choose_and_decode, choose_ids, decode_ids
 
-__all__ = ["decode", "select", "snap", "straight_through"]
+__all__ = ["decode", "select", "snap", "straight_through", "through"]
 
 _CHOICES = {"similarity": ("euclidean", "inner_product"), "selection": ("residual", "nearest"), "reduce": ("sum", "mean")}
 

@@ -1,7 +1,8 @@
-"""Decoding, its gradient, and the straight-through estimator.
+"""Decoding, its gradient, and the estimators of the gradient of a snap.
 
-Forward the snap gives exactly the decoded codes; backward the gradient goes to the codes that were chosen and, unchanged, to the input
-(van den Oord et al. 2017, section 3.2). Neither direction holds ``[row k d_group]``, and neither adds floats in an order that can change.
+Forward the snap gives exactly the decoded codes; backward the gradient goes to the codes that were chosen and, unchanged
+(van den Oord et al. 2017, section 3.2) or rotated (Fifty et al. 2024, section 4), to the input. Neither direction of decoding holds
+``[row k d_group]``, and neither adds floats in an order that can change.
 """
 
 from __future__ import annotations
@@ -13,7 +14,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-__all__ = ["codes_gradient", "decode_groups", "decode_rows", "straight_through"]
+from tl_codebook.errors import ConfigError
+
+__all__ = ["ESTIMATORS", "codes_gradient", "decode_groups", "decode_rows", "straight_through", "through"]
+
+ESTIMATORS = ("straight_through", "rotation")
+"""How the gradient of a snap reaches its input: as it is, or turned and stretched as the snap turned and stretched the vector."""
 
 _RUN = 256  # rows that one bag adds up on a GPU; a code that fires everywhere must not wait for one block of threads
 
@@ -104,10 +110,76 @@ class _StraightThrough(torch.autograd.Function):
         return grad, grad
 
 
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, q: Tensor) -> Tensor:
+        ctx.save_for_backward(y, q)
+        return q.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor]:
+        y, q = ctx.saved_tensors
+        # The rotation is a constant, in a second derivative too.
+        return (_rotated_back(grad, y.detach(), q.detach()) if ctx.needs_input_grad[0] else None), grad
+
+
+def _rotated_back(
+    grad: Float[Tensor, "*lead d_group"], y: Float[Tensor, "*lead d_group"], q: Float[Tensor, "*lead d_group"]
+) -> Float[Tensor, "*lead d_group"]:
+    """Return the gradient at y of y -> (|q| / |y|) R y, where R rotates the direction of y to that of q in their plane.
+
+    R = I - 2 r r^T + 2 q' y'^T with y' and q' the directions and r that of y' + q', so its transpose needs two inner products.
+    """
+    dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    y, q, exact = y.to(dtype), q.to(dtype), grad.to(dtype)
+    y_norm, q_norm = (torch.linalg.vector_norm(vector, dim=-1, keepdim=True) for vector in (y, q))
+    y_unit, q_unit = y / y_norm, q / q_norm
+    middle = y_unit + q_unit
+    middle_norm = torch.linalg.vector_norm(middle, dim=-1, keepdim=True)
+    limits = torch.finfo(dtype)
+    # No direction (y or q is zero, too short to be squared, or NaN), no single plane (q points away from y), or a stretch beyond what the
+    # dtype resolves: there the gradient passes straight through, which is finite. Comparisons with NaN are false.
+    known = (torch.minimum(y_norm, q_norm) > limits.tiny**0.5) & (torch.maximum(y_norm, q_norm) < limits.max)
+    known &= (y_norm > limits.eps * q_norm) & (middle_norm > limits.eps**0.5)
+    r, y_unit, q_unit = (torch.where(known, vector, 0.0) for vector in (middle / middle_norm, y_unit, q_unit))
+    stretch = torch.where(known, q_norm / y_norm, 1.0)
+    along_r, along_q = ((vector * exact).sum(-1, keepdim=True) for vector in (r, q_unit))
+    return (stretch * (exact - 2 * r * along_r + 2 * y_unit * along_q)).to(grad.dtype)
+
+
 def straight_through(y: Float[Tensor, "*shape"], q: Float[Tensor, "*shape"], to_codes: bool = True) -> Float[Tensor, "*shape"]:
     """Return `q` with the gradient passed on to `y`, and to `q` itself where `to_codes` is true."""
-    q = q if to_codes else q.detach()
-    if not torch.is_grad_enabled() or not (y.requires_grad or q.requires_grad):
-        return q
-    out: Tensor = _StraightThrough.apply(y, q)
-    return out
+    return through(y, q, to_codes=to_codes)
+
+
+def through(
+    y: Float[Tensor, "*lead d_group"],
+    q: Float[Tensor, "*lead d_group"],
+    *,
+    to_codes: bool = True,
+    estimator: str = "straight_through",
+    strength: float = 1.0,
+) -> Float[Tensor, "*lead d_group"]:
+    """Return `q`, or y + strength * (q - y), with a gradient for `y`.
+
+    Args:
+        y: What was snapped.
+        q: What it was snapped to.
+        to_codes: Pass the gradient on to `q` as well; it is the one that comes in, whatever the estimator.
+        estimator: Pass the gradient on to `y` as it is (``straight_through``), or as that of y -> (|q| / |y|) R y (``rotation``), where
+            the constant rotation R takes the direction of `y` to that of `q`; straight through where there is no such rotation.
+        strength: How far from `y` to `q` the output lies, 0 to 1; at 1 it is `q` bit for bit.
+
+    Source: Fifty et al. 2024 (arXiv 2410.06424), section 4.
+
+    >>> y = torch.tensor([[1.0, 0.0]], requires_grad=True)
+    >>> through(y, torch.tensor([[0.0, 2.0]]), estimator="rotation").backward(torch.tensor([[1.0, 0.0]]))
+    >>> [round(value) for value in y.grad[0].tolist()]  # a quarter of a turn back, and twice as long
+    [0, -2]
+    """
+    if estimator not in ESTIMATORS:
+        raise ConfigError(f"estimator={estimator!r} is not known. Choose one of {list(ESTIMATORS)}.")
+    out = q if to_codes else q.detach()
+    if torch.is_grad_enabled() and (y.requires_grad or out.requires_grad):
+        out = (_Rotation if estimator == "rotation" else _StraightThrough).apply(y, out)
+    return out if strength == 1 else torch.lerp(y, out, strength)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tl_codebook.errors import ConfigError
+from tl_codebook.snap.gradients import ESTIMATORS
 
 __all__ = ["CodebookTrainingConfig"]
 
@@ -21,10 +22,14 @@ class CodebookTrainingConfig:
 
     The defaults are the recipe of this package: k-means on the base's own activations, reconstruction and commitment per dimension
     beside the language-model loss, revival of dead codes at badly fitted inputs. `paper()` is that of Tamkin et al. 2023, `original()` any
-    of the losses of its library.
+    of the losses of its library. Off unless asked for: the rotation trick (`estimator`), a divergence from the base beside the
+    language-model loss (`kl_to_base`, which costs a forward pass of the base a step and a copy of the weights that train), and snaps that
+    set in gradually (`ramp_steps`).
 
     Raises:
         ConfigError: for values out of range.
+
+    Source: Fifty et al. 2024 (arXiv 2410.06424), section 4, for ``rotation``.
 
     >>> CodebookTrainingConfig.paper().init
     'none'
@@ -45,6 +50,17 @@ class CodebookTrainingConfig:
     lm_gradient_to_codes: bool = field(
         default=True, metadata={"help": "Let the language-model loss move the codes; False is the VQ-VAE estimator."}
     )
+    estimator: str = field(
+        default="straight_through",
+        metadata={"help": "straight_through or rotation: the gradient passes a snap as it is, or turned as the snap turned the vector."},
+    )
+    kl_to_base: float = field(
+        default=0.0,
+        metadata={"help": "Weight of KL(base || codebook model) of the next token, in nats; base = no codebooks, weights of the start."},
+    )
+    ramp_steps: int = field(
+        default=0, metadata={"help": "Steps over which the output of a codebook goes from its input to its codes; 0 snaps from the start."}
+    )
     init: str = field(
         default="kmeans", metadata={"help": "kmeans (on the base's activations, codebooks that are still noise only) or none."}
     )
@@ -60,11 +76,11 @@ class CodebookTrainingConfig:
     log_sites: bool = field(default=False, metadata={"help": "Add the figures of every site to those of an evaluation."})
 
     def __post_init__(self) -> None:
-        for name in ("codes_learning_rate", "reconstruction", "commitment"):
+        for name in ("codes_learning_rate", "reconstruction", "commitment", "kl_to_base"):
             value = getattr(self, name)
             if not (isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")):
                 raise ConfigError(f"{name}={value!r} was asked for. Give a number >= 0.")
-        for name, least in (("init_tokens", 1), ("init_iterations", 1), ("revive_every", 0)):
+        for name, least in (("init_tokens", 1), ("init_iterations", 1), ("revive_every", 0), ("ramp_steps", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"{name}={value!r} was asked for. Give a whole number >= {least}.")
@@ -75,6 +91,8 @@ class CodebookTrainingConfig:
             raise ConfigError(f"revive_until={self.revive_until!r} was asked for. Give a share from 0 to 1.")
         if self.init not in ("kmeans", "none"):
             raise ConfigError(f"init={self.init!r} is not known. Choose 'kmeans' or 'none'.")
+        if self.estimator not in ESTIMATORS:
+            raise ConfigError(f"estimator={self.estimator!r} is not known. Choose 'straight_through' or 'rotation'.")
         if self.commitment_over_positions not in ("mean", "sum"):
             raise ConfigError(f"commitment_over_positions={self.commitment_over_positions!r} is not known. Choose 'mean' or 'sum'.")
         self._check_k_schedule()

@@ -134,15 +134,54 @@ def _batched(items: Iterable[str], size: int) -> Iterator[tuple[str, ...]]:
 
 def _checked(data: Any, model: Any, limit: int) -> Any:
     vocabulary = int(model.cfg.d_vocab)
-    for row in data["input_ids"]:
-        if len(row) < 2:
-            raise DataError(f"the dataset has a row of {len(row)} tokens, in which nothing predicts anything. Give rows of two or more.")
-        if max(row) >= vocabulary or min(row) < 0:
-            bad = max(row) if max(row) >= vocabulary else min(row)
-            raise DataError(f"the dataset has the token id {bad}, the model {vocabulary} tokens. Tokenise with the model's own tokenizer.")
-        if limit and len(row) > limit:
-            raise DataError(f"the dataset has a row of {len(row)} tokens, the model's context is {limit}. Cut the rows.")
+    for rows in _suspects(data, vocabulary, limit):
+        for row in rows:
+            if len(row) < 2:
+                raise DataError(
+                    f"the dataset has a row of {len(row)} tokens, in which nothing predicts anything. Give rows of two or more."
+                )
+            if max(row) >= vocabulary or min(row) < 0:
+                bad = max(row) if max(row) >= vocabulary else min(row)
+                raise DataError(
+                    f"the dataset has the token id {bad}, the model {vocabulary} tokens. Tokenise with the model's own tokenizer."
+                )
+            if limit and len(row) > limit:
+                raise DataError(f"the dataset has a row of {len(row)} tokens, the model's context is {limit}. Cut the rows.")
     return data
+
+
+def _suspects(data: Any, vocabulary: int, limit: int, n_rows: int = 1000) -> Iterator[Iterable[Any]]:
+    """Return the rows that have to be looked at one by one: of a dataset in Arrow only the batches in which something is wrong."""
+    import datasets
+
+    # A transform makes the rows when they are read; what lies in Arrow is something else.
+    if not isinstance(data, datasets.Dataset) or data.format["type"] == "custom":
+        yield data["input_ids"]
+        return
+    table = data.select_columns(["input_ids"]).with_format("arrow")
+    for start in range(0, len(table), n_rows):
+        column = table[start : start + n_rows].column("input_ids")
+        if not _sound(column, vocabulary, limit):
+            yield column.to_pylist()
+
+
+def _sound(column: Any, vocabulary: int, limit: int) -> bool:
+    """Tell whether a column of Arrow holds nothing but lists of two tokens to `limit`, every one in the vocabulary."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = column.type
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if not lists or not pa.types.is_integer(kind.value_type) or column.null_count:
+        return False
+    tokens, lengths = pc.list_flatten(column), pc.min_max(pc.list_value_length(column))
+    ids = pc.min_max(tokens)
+    if tokens.null_count or not ids["min"].is_valid:
+        return False
+    longest = lengths["max"].as_py()
+    return bool(
+        lengths["min"].as_py() >= 2 and (not limit or longest <= limit) and 0 <= ids["min"].as_py() <= ids["max"].as_py() < vocabulary
+    )
 
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:

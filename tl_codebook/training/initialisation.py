@@ -6,6 +6,7 @@ left over, and so on (so that greedy pursuit finds a coarse code first and finer
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -23,8 +24,10 @@ from tl_codebook.errors import DataError
 from tl_codebook.points import CodebookPoint
 from tl_codebook.snap import decode, select
 
-__all__ = ["collect_inputs", "fit_codes", "initialise_codes_", "kmeans", "stage_sizes"]
+__all__ = ["collect_inputs", "fit_codes", "initialise_codes_", "kmeans", "spread_centres", "stage_sizes"]
 
+_DRAWS = 1024
+_ROUNDING = 1e-6  # |x|^2 - 2xc + |c|^2 of two equal vectors is this small, not 0
 _BYTES_AT_ONCE = 2**30  # activations held at a time; more sites than fit take more passes over the tokens
 
 
@@ -42,20 +45,52 @@ def stage_sizes(n_codes: int, k: int) -> list[int]:
     return sizes
 
 
+def spread_centres(
+    x: Float[Tensor, "n group d_group"], n_centres: int, *, generator: torch.Generator | None = None
+) -> Float[Tensor, "group n_centres d_group"]:
+    """Choose vectors as centres, each with a probability that grows with the square of its distance to those chosen before it.
+
+    Centres at random fall together where vectors are many and miss clusters where they are few; Lloyd's algorithm repairs neither. Where
+    all vectors are centres already the rest are copies with a little noise (codes that are exactly alike can never part).
+
+    Source: k-means++ (Arthur and Vassilvitskii 2007). Beyond 1,024 centres several are drawn at a time.
+
+    >>> x = torch.tensor([[0.0], [0.0], [0.0], [9.0]]).unsqueeze(1)
+    >>> sorted(spread_centres(x, 2).flatten().tolist())
+    [0.0, 9.0]
+    """
+    n, n_groups, d_group = x.shape
+    grouped = x.transpose(0, 1)
+    here = torch.arange(n_groups, device=x.device).unsqueeze(-1)
+    centres = x.new_empty(n_groups, n_centres, d_group)
+    squares = grouped.square().sum(-1)
+    nearest = x.new_full((n_groups, n), torch.inf)
+    at_once, done = math.ceil(n_centres / _DRAWS), 0
+    while done < n_centres:
+        m = 1 if done == 0 else min(at_once, n_centres - done)
+        weights = torch.ones_like(nearest) if done == 0 else nearest
+        all_taken = weights.sum(-1, keepdim=True) == 0
+        rows = torch.multinomial(weights.masked_fill(all_taken, 1.0).double().cpu(), m, replacement=True, generator=generator).to(x.device)
+        new = grouped[here, rows]
+        noise = torch.randn(new.shape, generator=generator).to(x.device) if bool(all_taken.any()) else 0.0
+        new = new + all_taken.unsqueeze(-1) * (1e-3 * x.std(unbiased=False) * noise)
+        centres[:, done : done + m] = new
+        size = squares + new.square().sum(-1).amax(-1, keepdim=True)
+        distance = (squares.unsqueeze(-1) + new.square().sum(-1).unsqueeze(-2) - 2 * grouped @ new.transpose(-1, -2)).amin(-1)
+        nearest = torch.minimum(nearest, distance.where(distance > _ROUNDING * size, 0.0))
+        done += m
+    return centres
+
+
 def kmeans(
     x: Float[Tensor, "n group d_group"], n_centres: int, *, n_iterations: int = 10, generator: torch.Generator | None = None
 ) -> Float[Tensor, "group n_centres d_group"]:
     """Fit centres to vectors by Lloyd's algorithm, each group by itself; an empty centre moves to a badly fitted vector.
 
-    With fewer distinct vectors than centres the rest are copies with a little noise (codes that are exactly alike can never part).
+    With fewer distinct vectors than centres the rest are copies with a little noise.
     """
-    n, n_groups, _ = x.shape
-    order = torch.randperm(n, generator=generator)[:n_centres]
-    centres = x[order.to(x.device)].transpose(0, 1).clone()
-    if n < n_centres:
-        extra = torch.randint(n, (n_centres - n,), generator=generator).to(x.device)
-        centres = torch.cat([centres, x[extra].transpose(0, 1)], dim=1)
-        centres += 1e-3 * x.std() * torch.randn(centres.shape, generator=generator).to(x.device)
+    _, n_groups, _ = x.shape
+    centres = spread_centres(x, n_centres, generator=generator)
     for _ in range(n_iterations):
         ids = select(x, centres, 1, selection="nearest").squeeze(-1)
         for group in range(n_groups):

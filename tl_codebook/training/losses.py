@@ -14,6 +14,7 @@ from tl_codebook.codebook import Codebook
 from tl_codebook.contexts import masked
 from tl_codebook.errors import TrainingError
 from tl_codebook.training.config import CodebookTrainingConfig
+from tl_codebook.training.teacher import BaseTeacher, divergence
 
 __all__ = ["LanguageModel", "codebook_loss", "parameter_groups"]
 
@@ -50,6 +51,8 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.hooked = hooked
         self.training_config = config
+        self.teacher: BaseTeacher | None = None
+        """The base that `kl_to_base` compares with; the trainer sets it for as long as it trains."""
 
     def to(self, *args: Any, **kwargs: Any) -> LanguageModel:
         """Move the host by its own method, which knows more than `Module.to` (its config, its registry)."""
@@ -80,6 +83,7 @@ class LanguageModel(nn.Module):
         # With padding on the right a causal model needs no mask; hosts differ in what they do with one.
         left_padded = attention_mask is not None and bool((attention_mask[:, 0] == 0).any())
         kwargs = {"attention_mask": attention_mask} if left_padded else {}
+        base = self._base_logits(input_ids, **kwargs) if self.training and labels is not None else None
         with masked(self.hooked, None if attention_mask is None else attention_mask.bool()):
             logits = self.hooked(input_ids, return_type="logits", **kwargs)
         if labels is None:
@@ -92,11 +96,24 @@ class LanguageModel(nn.Module):
         loss = losses.sum() / n_targets.clamp(min=1)
         if self.training:
             loss = loss + codebook_loss((p.codebook for p in sites(self.hooked).values() if p.enabled), self.training_config)
+        if base is not None:
+            kl = divergence(base[:, :-1][valid], logits[:, :-1][valid]) / n_targets.clamp(min=1)
+            loss = loss + self.training_config.kl_to_base * kl
         if num_items_in_batch is not None:
             loss = loss * n_targets / num_items_in_batch
         correct = (logits[:, :-1].argmax(-1) == targets) & valid
         sums = torch.stack([losses.sum(-1), valid.sum(-1).float(), correct.sum(-1).float()], dim=-1).detach()
         return {"loss": loss, "sums": sums, "logits": logits}
+
+    def _base_logits(self, input_ids: Tensor, **kwargs: Any) -> Tensor | None:
+        if self.training_config.kl_to_base == 0:
+            return None
+        if self.teacher is None:
+            raise TrainingError(
+                f"kl_to_base={self.training_config.kl_to_base} was asked for, and there is no base to compare with. Train with "
+                "CodebookTrainer.train, which keeps one, or set kl_to_base=0."
+            )
+        return self.teacher.logits(input_ids, **kwargs)
 
 
 def parameter_groups(model: Any, *, codes_learning_rate: float, learning_rate: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:

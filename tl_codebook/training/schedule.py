@@ -1,7 +1,8 @@
-"""How many codes are chosen at a step: many at first, the codebooks' own number in the end."""
+"""What changes about the codebooks from step to step: how many codes they choose, and how far the output goes to them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from tl_codebook.attachment import sites
@@ -9,7 +10,7 @@ from tl_codebook.codebook import Codebook
 from tl_codebook.errors import ConfigError
 from tl_codebook.training.config import CodebookTrainingConfig
 
-__all__ = ["KSchedule", "k_at_step"]
+__all__ = ["KSchedule", "RampSchedule", "Schedule", "k_at_step", "schedules", "strength_at_step"]
 
 
 def k_at_step(step: int, *, k_start: int, k_end: int, decay_steps: int, power: float = 1.0) -> int:
@@ -30,16 +31,66 @@ def k_at_step(step: int, *, k_start: int, k_end: int, decay_steps: int, power: f
     return int(k_start - (k_start - k_end) * share)
 
 
-class KSchedule:
-    """Sets how many codes the codebooks of a host choose, step by step; off where the configuration has no `k_start`.
+def strength_at_step(step: int, ramp_steps: int) -> float:
+    """Return how far from its input to its codes the output of a codebook lies at a step counted from 0: 1 from step `ramp_steps` on.
+
+    >>> [strength_at_step(step, ramp_steps=4) for step in range(6)]
+    [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+    """
+    return 1.0 if step >= ramp_steps else step / ramp_steps
+
+
+class Schedule:
+    """Sets an attribute of the codebooks of a host, step by step; off where the configuration asks for no change."""
+
+    name: str
+    """Of the figure in a log."""
+    attribute: str
+    at_rest: Any = None
+    """The value of the attribute when no step is being taken."""
+
+    def __init__(self, model: Any, config: CodebookTrainingConfig):
+        self.config = config
+        self.books: list[Codebook] = [point.codebook for point in sites(model).values()]
+
+    @property
+    def on(self) -> bool:
+        """Tell whether the configuration asks for a change."""
+        raise NotImplementedError
+
+    def at(self, step: int) -> Sequence[float]:
+        """Return the value for every codebook at a step, counted from 0."""
+        raise NotImplementedError
+
+    def set_(self, step: int) -> None:
+        """Give the codebooks the values of a step, counted from 0."""
+        if self.on:
+            for book, value in zip(self.books, self.at(step), strict=True):
+                setattr(book, self.attribute, value)
+
+    def restore(self) -> None:
+        """Give the codebooks the value at rest: for an evaluation, a checkpoint, the end."""
+        if self.on:
+            for book in self.books:
+                setattr(book, self.attribute, self.at_rest)
+
+    def figures(self, step: int) -> dict[str, float]:
+        """Return what a log of a step should say: the mean of the codebooks, where the schedule changes it."""
+        values = self.at(step)
+        return {self.name: sum(values) / len(values)} if self.on else {}
+
+
+class KSchedule(Schedule):
+    """How many codes the codebooks choose; off where the configuration has no `k_start`.
 
     Raises:
         ConfigError: `k_start` is more than the codes of a codebook, or less than its k.
     """
 
+    name, attribute = "k", "k_now"
+
     def __init__(self, model: Any, config: CodebookTrainingConfig):
-        self.config = config
-        self.books: list[Codebook] = [point.codebook for point in sites(model).values()]
+        super().__init__(model, config)
         start = config.k_start
         for book in self.books:
             own = book.config
@@ -49,6 +100,11 @@ class KSchedule:
                     f"give {own.k} to {own.n_codes}."
                 )
 
+    @property
+    def on(self) -> bool:
+        """Tell whether k falls."""
+        return self.config.k_start is not None
+
     def at(self, step: int) -> list[int]:
         """Return the k of every codebook at a step, counted from 0."""
         start, steps, power = self.config.k_start, self.config.k_decay_steps, self.config.k_decay_power
@@ -57,19 +113,22 @@ class KSchedule:
             return ends
         return [k_at_step(step, k_start=start, k_end=end, decay_steps=steps, power=power) for end in ends]
 
-    def set_(self, step: int) -> None:
-        """Have the codebooks choose as many codes as the step, counted from 0, asks for."""
-        if self.config.k_start is not None:
-            for book, k in zip(self.books, self.at(step), strict=True):
-                book.k_now = k
 
-    def restore(self) -> None:
-        """Have the codebooks choose their own k again: for an evaluation, a checkpoint, the end."""
-        if self.config.k_start is not None:
-            for book in self.books:
-                book.k_now = None
+class RampSchedule(Schedule):
+    """How far the outputs of the codebooks go from the inputs to the codes; off where `ramp_steps` is 0."""
 
-    def figures(self, step: int) -> dict[str, float]:
-        """Return what a log of a step should say: the mean k of the codebooks, where a schedule changes it."""
-        ks = self.at(step)
-        return {} if self.config.k_start is None else {"k": sum(ks) / len(ks)}
+    name, attribute, at_rest = "strength", "strength", 1.0
+
+    @property
+    def on(self) -> bool:
+        """Tell whether there is a ramp."""
+        return self.config.ramp_steps > 0
+
+    def at(self, step: int) -> list[float]:
+        """Return the strength of every codebook at a step, counted from 0."""
+        return [strength_at_step(step, self.config.ramp_steps)] * len(self.books)
+
+
+def schedules(model: Any, config: CodebookTrainingConfig) -> list[Schedule]:
+    """Return every schedule there is, for the codebooks that the host has now."""
+    return [KSchedule(model, config), RampSchedule(model, config)]

@@ -1,13 +1,12 @@
 """`CodebookTrainer`: Hugging Face's `Trainer` for a TransformerLens host with codebooks.
 
 What `Trainer` brings (progress bar, resume, `report_to`, accelerate, DDP) stays as it is. Added: codes from k-means before the first
-step, the codebooks' loss terms, their own learning rate, revival of dead codes, a k schedule, checkpoints that `tl_codebook.load` reads,
-and metrics of the codes.
+step, the codebooks' loss terms, their own learning rate, revival of dead codes, a k schedule, a ramp, a divergence from the base,
+checkpoints that `tl_codebook.load` reads, and metrics of the codes.
 """
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from tl_codebook import files, hosts
 from tl_codebook.attachment import sites
 from tl_codebook.checkpoint import MANIFEST, check_target, restore_, save
 from tl_codebook.contexts import count_usage
-from tl_codebook.errors import CheckpointError, NonFiniteError, TrainingError
+from tl_codebook.errors import CheckpointError, TrainingError
 from tl_codebook.training.config import CodebookTrainingConfig
 from tl_codebook.training.data import collate
 from tl_codebook.training.host_trainer import HostTrainer
@@ -28,12 +27,14 @@ from tl_codebook.training.initialisation import initialise_codes_
 from tl_codebook.training.losses import parameter_groups
 from tl_codebook.training.metrics import site_figures, summarise_codes
 from tl_codebook.training.revival import Reviver
-from tl_codebook.training.schedule import KSchedule
+from tl_codebook.training.schedule import Schedule, schedules
+from tl_codebook.training.teacher import BaseTeacher
 from tl_codebook.usage import Usage
 
 __all__ = ["CodebookTrainer"]
 
 _STATE = "tl_codebook_training.json"
+_LATER = {"estimator": "straight_through", "kl_to_base": 0.0, "ramp_steps": 0}  # what runs did before these could be chosen
 
 
 class CodebookTrainer(HostTrainer):
@@ -54,6 +55,9 @@ class CodebookTrainer(HostTrainer):
         DataError: an empty or wrong dataset, before anything is trained.
         ConfigError: a `k_start` that a codebook cannot have, before anything is trained.
 
+    With `kl_to_base` the base is the model as it is when `train` is called, so a run is resumed with the base that it began with: a model
+    loaded from one of its checkpoints is another.
+
     Source: Tamkin et al. 2023, section 2; initialisation and revival as listed in `tl_codebook.training.config`.
 
     >>> from tl_codebook import attach
@@ -65,6 +69,8 @@ class CodebookTrainer(HostTrainer):
     {'train_runtime'...}
     2
     """
+
+    complete_with = (_STATE, TRAINER_STATE_NAME)
 
     def __init__(
         self,
@@ -82,7 +88,7 @@ class CodebookTrainer(HostTrainer):
             raise TrainingError("the model has no codebooks to train. Call attach(model, sites=..., n_codes=...) first.")
         check_target(str(args.output_dir), overwrite=True)  # a checkpoint must not end beside the weights of another model
         super().__init__(model, args, train_dataset, eval_dataset, config=self.training_config, context_length=context_length, **kwargs)
-        self.k_schedule = KSchedule(self.hooked, self.training_config)
+        self.schedules: list[Schedule] = schedules(self.hooked, self.training_config)
         self.reviver: Reviver | None = None
         self.add_callback(_CodebookCallback(self))
 
@@ -104,43 +110,43 @@ class CodebookTrainer(HostTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Start the codes if they are noise, then train; see `Trainer.train`."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = self._last_complete()
+            resume_from_checkpoint = self._last_complete()  # here already: a run that goes on does not start its codes
         books = [point.codebook for point in sites(self.hooked).values()]
         wanted = [(parameter, parameter.requires_grad) for parameter in self.hooked.parameters()]
         own = {id(parameter) for book in books for parameter in book.parameters()}
-        routes = [(book, book.lm_gradient_to_codes) for book in books]
+        language_model: Any = self.model
+        routes = [(book, book.lm_gradient_to_codes, book.estimator) for book in books]
         try:
             for parameter, required in wanted:
                 parameter.requires_grad_(id(parameter) in own or (required and not self.training_config.freeze_base))
             for book in books:
                 book.lm_gradient_to_codes = self.training_config.lm_gradient_to_codes
+                book.estimator = self.training_config.estimator
             if not resume_from_checkpoint:
                 self.start_codes()
-            self.k_schedule = KSchedule(self.hooked, self.training_config)  # of the codebooks that are here now
+            if self.training_config.kl_to_base:
+                self._move_model_to_device(self.model_wrapped, self.args.device)
+                language_model.teacher = BaseTeacher(self.hooked)
+            self.schedules = schedules(self.hooked, self.training_config)  # of the codebooks that are here now
             self.reviver = Reviver(self.hooked, self._gather_rows, seed=self.args.seed)
             result = super().train(resume_from_checkpoint, *args, **kwargs)
-        except NonFiniteError as error:
-            raise NonFiniteError(f"step {self.state.global_step + 1}: {error} The last checkpoint is untouched.") from error
         finally:
             for parameter, required in wanted:
                 parameter.requires_grad_(required)
-            for book, route in routes:
-                book.lm_gradient_to_codes = route
-            self.k_schedule.restore()
+            for book, to_codes, estimator in routes:
+                book.lm_gradient_to_codes, book.estimator = to_codes, estimator
+            self._at_rest()
+            language_model.teacher = None
             if self.reviver is not None:
                 self.reviver.watch(False)
         for book in books:
             book.fresh = False
         return result
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Take a step as `Trainer` does; stop where the loss is no number, before the optimiser spreads it and a checkpoint keeps it."""
-        loss = super().training_step(*args, **kwargs)
-        if not bool(torch.isfinite(loss)):
-            raise NonFiniteError(
-                f"the loss is {loss.item()} though every codebook saw finite activations. A lower learning rate or fp32 often cures it."
-            )
-        return loss
+    def _at_rest(self) -> None:
+        """Have the codebooks snap as they are configured, whatever the last step changed: for an evaluation, a checkpoint, the end."""
+        for schedule in self.schedules:
+            schedule.restore()
 
     def start_codes(self) -> None:
         """Set codes that are still noise by k-means on the first rows of the training data; on every process the same."""
@@ -202,9 +208,10 @@ class CodebookTrainer(HostTrainer):
         return figures
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log as `Trainer` does, and beside the loss of a step the number of codes that it chose, where a schedule sets it."""
+        """Log as `Trainer` does, and beside the loss of a step what schedules set for it: the number of codes, the strength of a ramp."""
         if "loss" in logs:
-            logs |= self.k_schedule.figures(self.state.global_step - 1)
+            for schedule in self.schedules:
+                logs |= schedule.figures(self.state.global_step - 1)
         super().log(logs, *args, **kwargs)
 
     def _summed(self, tensor: Tensor) -> Tensor:
@@ -231,31 +238,11 @@ class CodebookTrainer(HostTrainer):
             entry = files.write_tensors(folder, "training", usage | {f"{name}/since": value for name, value in counts.items()})
             files.replace_json(folder / _STATE, {"format_version": 1, "counts": entry, "run": self._run()})
 
-    def _last_complete(self) -> str:
-        """Return the newest checkpoint of the output directory that was written to its end."""
-        complete = [
-            folder
-            for folder in Path(str(self.args.output_dir)).glob("checkpoint-*")
-            if folder.name.removeprefix("checkpoint-").isdigit() and all((folder / name).is_file() for name in (_STATE, TRAINER_STATE_NAME))
-        ]
-        if not complete:
-            raise TrainingError(
-                f"{self.args.output_dir} holds no complete checkpoint to resume from. Start without resume, or wait for a save."
-            )
-        return str(max(complete, key=lambda folder: int(folder.name.removeprefix("checkpoint-"))))
-
     def _run(self) -> dict[str, Any]:
         """Describe what a resumed run must share with the one that it continues."""
-        return {
-            "config": {name: value for name, value in self.training_config.to_dict().items() if name != "log_sites"},
-            "data": _digest(self.train_dataset),
-            "rows": len(self.train_dataset) if self.train_dataset is not None else 0,  # type: ignore[arg-type]
-            "seed": self.args.seed,
-            "learning_rate": self.args.learning_rate,
-            "weight_decay": self.args.weight_decay,
-            "optim": str(self.args.optim),
-            "batch": self.args.per_device_train_batch_size * self.accelerator.num_processes * self.args.gradient_accumulation_steps,
-        }
+        teacher: BaseTeacher | None = getattr(self.model, "teacher", None)
+        config = {name: value for name, value in self.training_config.to_dict().items() if name != "log_sites"}
+        return ({} if teacher is None else {"base": teacher.digest}) | {"config": config} | super()._run()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -266,10 +253,10 @@ class CodebookTrainer(HostTrainer):
         about = files.read_json(folder / _STATE)
         if about.get("format_version") != 1 or not isinstance(about.get("run"), dict) or "counts" not in about:
             raise CheckpointError(f"{folder / _STATE} is of a format that is not read. Resume with the release that wrote it.")
-        then, now = about["run"], self._run()
-        differing = [f"{key}: {then.get(key)!r} then, {now[key]!r} now" for key in now if then.get(key) != now[key]]
-        if differing:
-            raise TrainingError(f"{folder} belongs to another run ({'; '.join(differing)}). Resume with the settings it began with.")
+        then = about["run"]
+        if isinstance(then.get("config"), dict):
+            then["config"] = _LATER | then["config"]
+        self._check_run(folder, then)
         restore_(self.hooked, folder)
         tensors = files.read_tensors(folder, about["counts"])
         main = self.accelerator.is_main_process
@@ -284,16 +271,8 @@ class CodebookTrainer(HostTrainer):
         restore_(self.hooked, Path(str(self.state.best_model_checkpoint)))
 
 
-def _digest(data: Any, n_rows: int = 256) -> str | None:
-    """Hash the first and the last rows of a dataset: enough to tell another one, however long it is."""
-    if data is None:
-        return None
-    rows = [*range(min(n_rows, len(data))), *range(max(n_rows, len(data) - n_rows), len(data))]
-    return hashlib.sha256(repr([list(data[row]["input_ids"]) for row in rows]).encode()).hexdigest()[:16]
-
-
 class _CodebookCallback(TrainerCallback):
-    """Sets the k of a step, and revives dead codes after it."""
+    """Sets the k and the strength of a step, and revives dead codes after it."""
 
     def __init__(self, trainer: CodebookTrainer):
         self.trainer = trainer
@@ -303,12 +282,13 @@ class _CodebookCallback(TrainerCallback):
         return bool(every) and step % every == 0 and step <= self.trainer.training_config.revive_until * max_steps
 
     def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.k_schedule.set_(state.global_step)
+        for schedule in self.trainer.schedules:
+            schedule.set_(state.global_step)
         if self.trainer.reviver is not None and self._due(args, state.global_step + 1, state.max_steps):
             self.trainer.reviver.watch(True)
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.k_schedule.restore()  # an evaluation or a checkpoint that follows is of the codebooks' own k
+        self.trainer._at_rest()  # an evaluation or a checkpoint that follows is of the codebooks as they are configured
         if self.trainer.reviver is not None and self._due(args, state.global_step, state.max_steps):
             optimizer = kwargs.get("optimizer")
             self.trainer.reviver.revive_(state.global_step, getattr(optimizer, "optimizer", optimizer))

@@ -1,0 +1,188 @@
+"""What a TokFSM experiment is: machine, model, codebooks, training. Two presets, `mini` and `paper`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tl_codebook.codebook import CodebookConfig
+from tl_codebook.errors import ConfigError
+from tl_codebook.experiments.tokfsm.machine import TokFSM
+from tl_codebook.training.config import CodebookTrainingConfig
+
+__all__ = ["RECIPES", "TokFSMSetting"]
+
+RECIPES = ("default", "paper")
+"""``default``: the base first, then codes from its activations. ``paper``: both at once, from scratch, as Tamkin et al. 2023 trained."""
+
+
+@dataclass(frozen=True)
+class TokFSMSetting:
+    """A TokFSM experiment, complete but for the seed. Nothing in it is special to this machine: it only names sizes and steps.
+
+    Raises:
+        ConfigError: sizes that cannot be: more edges than states, rows that are no multiple of the digits of a state, a width that heads
+            do not divide, as many codes as no codebook may have, an unknown recipe. Before anything is built.
+
+    >>> TokFSMSetting.mini().machine()
+    TokFSM(n_states=20, n_edges=80, base=10, n_digits=2)
+    >>> TokFSMSetting.mini(n_edges=30)
+    Traceback (most recent call last):
+    tl_codebook.errors.ConfigError: n_edges=30 was asked for, ...
+    """
+
+    name: str = "mini"
+    n_states: int = 20
+    n_edges: int = 4
+    machine_seed: int = 42
+    base: int = 10
+    n_tokens: int = 128
+    """Tokens of a row, BOS counted."""
+    n_layers: int = 2
+    d_model: int = 64
+    n_heads: int = 2
+    z_codes: tuple[int, ...] = (128, 128)
+    """Codes of each head, layer by layer."""
+    mlp_codes: tuple[int, ...] = (16, 128)
+    """Codes of each MLP, layer by layer. A layer-0 MLP of a parallel block sees each token in one way only: at most ``base + 1`` inputs."""
+    k: int = 1
+    recipe: str = "default"
+    batch_size: int = 64
+    base_steps: int = 600
+    """Steps of the model without codebooks; with the recipe ``paper`` there is no such stage and its steps go to the other."""
+    code_steps: int = 400
+    base_learning_rate: float = 3e-3
+    learning_rate: float = 1e-3
+    """Of the base's weights while the codes train."""
+    compiled: bool = False
+    """Train under `torch.compile`: about half as long again is saved on a CPU, where a C++ compiler is there."""
+    training: CodebookTrainingConfig = field(default_factory=CodebookTrainingConfig)
+    held_out_rows: int = 400
+    """Rows that all figures are measured on; codes are chosen for concepts on the first half, and scored on the second."""
+    sampled_rows: int = 1000
+    """Rows of text that the model writes, whose transitions are checked."""
+    forced_prefixes: int = 10
+    """Random texts that each state is forced into."""
+    dictionary_steps: int = 1000
+    """Training steps of the TopK dictionaries that the codes are compared with."""
+
+    def __post_init__(self) -> None:
+        machine = self.machine()  # checks states, edges and digits
+        machine.states_in_row(self.n_tokens)
+        for name in ("n_layers", "d_model", "n_heads", "k", "batch_size", "code_steps", "forced_prefixes", "dictionary_steps"):
+            self._check(name, 1)
+        self._check("base_steps", 0)
+        for name in ("held_out_rows", "sampled_rows"):
+            self._check(name, 2)
+        if self.d_model % self.n_heads or self.d_model // self.n_heads % 2:
+            raise ConfigError(
+                f"d_model={self.d_model} with n_heads={self.n_heads} was asked for, but each head gets an equal, even share (rotary). "
+                f"Give a multiple of {2 * self.n_heads}."
+            )
+        if self.recipe not in RECIPES:
+            raise ConfigError(f"recipe={self.recipe!r} is not known. Choose one of {list(RECIPES)}.")
+        for name in ("z_codes", "mlp_codes"):
+            values = getattr(self, name)
+            if len(values) != self.n_layers:
+                raise ConfigError(f"{name} has {len(values)} numbers for {self.n_layers} layers. Give one for each layer.")
+        self.codebooks()  # checks codes and k
+        for name in ("base_learning_rate", "learning_rate"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name}={getattr(self, name)!r} was asked for. Give a number > 0.")
+
+    def _check(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ConfigError(f"{name}={value!r} was asked for. Give a whole number >= {least}.")
+
+    @classmethod
+    def mini(cls, **changes: Any) -> TokFSMSetting:
+        """Return the small preset: 20 states, 2 layers, width 64; a few minutes on two cores."""
+        return cls(**changes)
+
+    @classmethod
+    def paper(cls, **changes: Any) -> TokFSMSetting:
+        """Return the paper's machine and model (100 states, 4 layers, width 128) with codebooks of at most 1,024 codes.
+
+        Source: Tamkin et al. 2023, section 3; their codebooks have 10,000 codes.
+        """
+        settings: dict[str, Any] = {
+            "name": "paper",
+            "n_states": 100,
+            "n_edges": 10,
+            "n_layers": 4,
+            "d_model": 128,
+            "n_heads": 4,
+            "z_codes": (128, 256, 512, 512),
+            "mlp_codes": (16, 256, 1024, 1024),
+            "base_steps": 3000,
+            "code_steps": 1500,
+            "base_learning_rate": 1.5e-3,
+        }
+        return cls(**settings | changes)
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> TokFSMSetting:
+        """Return a preset by its name, ``mini`` or ``paper``.
+
+        Raises:
+            ConfigError: another name.
+
+        >>> TokFSMSetting.preset("paper").d_model
+        128
+        """
+        presets = {"mini": cls.mini, "paper": cls.paper}
+        if name not in presets:
+            raise ConfigError(f"the preset {name!r} is not known. Choose 'mini' or 'paper'.")
+        return presets[name](**changes)
+
+    def machine(self) -> TokFSM:
+        """Build the machine."""
+        return TokFSM.random(self.n_states, self.n_edges, seed=self.machine_seed, base=self.base)
+
+    def codebooks(self) -> dict[str, CodebookConfig]:
+        """Return the configuration of every codebook by its address, as `attach` takes them."""
+        configs = {}
+        for layer in range(self.n_layers):
+            for site, n_codes in (("z", self.z_codes[layer]), ("mlp_out", self.mlp_codes[layer])):
+                if self.recipe == "paper":
+                    configs[f"L{layer}.{site}"] = CodebookConfig.paper(n_codes, self.k)
+                else:
+                    selection: Any = "nearest" if self.k == 1 else "residual"  # of one code they are the same; nearest is the faster
+                    configs[f"L{layer}.{site}"] = CodebookConfig(n_codes, self.k, selection=selection)
+        return configs
+
+    @property
+    def steps(self) -> dict[str, int]:
+        """Steps of each stage, in order: ``base`` and ``codes``, or ``codes`` alone where both train from scratch together."""
+        if self.recipe == "paper":
+            return {"codes": self.base_steps + self.code_steps}
+        return {"base": self.base_steps, "codes": self.code_steps}
+
+    @property
+    def training_tokens(self) -> int:
+        """Tokens seen in all stages, BOS counted."""
+        return sum(self.steps.values()) * self.batch_size * self.n_tokens
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> TokFSMSetting:
+        """Build a setting from what `to_dict` returned.
+
+        Raises:
+            ConfigError: unknown or missing fields.
+
+        >>> TokFSMSetting.from_dict(TokFSMSetting.mini().to_dict()) == TokFSMSetting.mini()
+        True
+        """
+        known = {item.name for item in dataclasses.fields(cls)}
+        unknown, missing = sorted(set(fields) - known), sorted(known - set(fields))
+        if unknown or missing:
+            raise ConfigError(f"a TokFSM setting has unknown fields {unknown} and lacks {missing}. Its fields are {sorted(known)}.")
+        own: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+        return cls(**own | {"training": CodebookTrainingConfig(**fields["training"])})
