@@ -20,8 +20,7 @@ def make_model(setting: TokFSMSetting, seed: int = 0, host: Literal["hooked", "b
         seed: Of the weights; the global random stream is left as it was.
         host: ``hooked`` or ``bridge``; by default HookedTransformer where TransformerLens has it.
 
-    Source: GPT-NeoX with parallel blocks and rotary positions as in Tamkin et al. 2023, section 3; weights are drawn with a
-    standard deviation of one over the root of the width.
+    Source: GPT-NeoX with parallel blocks and rotary positions as in Tamkin et al. 2023, section 3; weights as Hugging Face draws them.
 
     >>> model = make_model(TokFSMSetting.mini())
     >>> model.cfg.n_layers, model.cfg.d_model, model.cfg.parallel_attn_mlp, model.to_string(torch.tensor([0, 4]))
@@ -39,7 +38,6 @@ def make_model(setting: TokFSMSetting, seed: int = 0, host: Literal["hooked", "b
         num_attention_heads=setting.n_heads,
         intermediate_size=4 * setting.d_model,
         max_position_embeddings=setting.n_tokens,
-        initializer_range=setting.d_model**-0.5,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0},
         bos_token_id=machine.bos,
         eos_token_id=machine.bos,

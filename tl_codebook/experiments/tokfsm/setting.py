@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from tl_codebook.codebook import CodebookConfig
 from tl_codebook.errors import ConfigError
@@ -48,6 +48,8 @@ class TokFSMSetting:
     mlp_codes: tuple[int, ...] = (16, 128)
     """Codes of each MLP, layer by layer. A layer-0 MLP of a parallel block sees each token in one way only: at most ``base + 1`` inputs."""
     k: int = 1
+    similarity: Literal["euclidean", "inner_product"] = "euclidean"
+    input_norm: Literal["none", "layer_norm"] = "none"
     recipe: str = "default"
     batch_size: int = 64
     base_steps: int = 600
@@ -56,6 +58,7 @@ class TokFSMSetting:
     base_learning_rate: float = 3e-3
     learning_rate: float = 1e-3
     """Of the base's weights while the codes train."""
+    adam_beta2: float = 0.99
     compiled: bool = False
     """Train under `torch.compile`: about half as long again is saved on a CPU, where a C++ compiler is there."""
     training: CodebookTrainingConfig = field(default_factory=CodebookTrainingConfig)
@@ -91,6 +94,8 @@ class TokFSMSetting:
         for name in ("base_learning_rate", "learning_rate"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name}={getattr(self, name)!r} was asked for. Give a number > 0.")
+        if not 0 <= self.adam_beta2 < 1:
+            raise ConfigError(f"adam_beta2={self.adam_beta2!r} was asked for. Give a number from 0 to below 1.")
 
     def _check(self, name: str, least: int) -> None:
         value = getattr(self, name)
@@ -151,7 +156,7 @@ class TokFSMSetting:
                     configs[f"L{layer}.{site}"] = CodebookConfig.paper(n_codes, self.k)
                 else:
                     selection: Any = "nearest" if self.k == 1 else "residual"  # of one code they are the same; nearest is the faster
-                    configs[f"L{layer}.{site}"] = CodebookConfig(n_codes, self.k, selection=selection)
+                    configs[f"L{layer}.{site}"] = CodebookConfig(n_codes, self.k, None, self.similarity, selection, self.input_norm)
         return configs
 
     @property

@@ -105,6 +105,7 @@ def _arguments(
         lr_scheduler_type="constant" if constant else "cosine",
         warmup_steps=0 if constant else min(100, steps // 10),
         weight_decay=0.0,
+        adam_beta2=setting.adam_beta2,
         max_grad_norm=1.0,
         seed=seed,
         report_to="none",

@@ -1,0 +1,134 @@
+"""What each part of the recipe is worth: the 20-state machine, each run beside the same base, with one thing changed.
+
+    python -m tests.benchmarks.tokfsm_ablation --seeds 0 1 2     # writes results/tokfsm_ablation.json after every run, and goes on from it
+    python -m tests.benchmarks.tokfsm_ablation --table           # prints the README's table from it
+
+A run takes about two minutes on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from tl_codebook.base_model import BASE_MANIFEST, restore_base_, save_base
+from tl_codebook.benchmarks import where
+from tl_codebook.experiments.tokfsm import TokFSMSetting, evaluate_base, evaluate_codes, make_model, train_base_, train_codes_
+from tl_codebook.files import replace_json
+from tl_codebook.training.config import CodebookTrainingConfig
+
+RESULTS = Path(__file__).with_name("results") / "tokfsm_ablation.json"
+SETTING = TokFSMSetting.mini(
+    batch_size=32, base_steps=1200, code_steps=400, held_out_rows=200, sampled_rows=500, forced_prefixes=3, dictionary_steps=20
+)
+PAPER = {"codes_learning_rate": 1e-3, "reconstruction": 1.0, "commitment": 0.0, "per_dimension": False, "init": "none", "revive_every": 0}
+
+VARIANTS: dict[str, tuple[str, dict, dict]] = {
+    "default": ("the recipe", {}, {}),
+    "no_kmeans": ("codes from noise instead of k-means", {"init": "none"}, {}),
+    "no_revival": ("no revival of dead codes", {"revive_every": 0}, {}),
+    "cosine": ("inner product instead of distance", {}, {"similarity": "inner_product"}),
+    "layer_norm": ("LayerNorm before the snap", {}, {"input_norm": "layer_norm"}),
+    "no_commitment": ("no commitment", {"commitment": 0.0}, {}),
+    "small_commitment": ("commitment 0.25 instead of 1", {"commitment": 0.25}, {}),
+    "summed": ("losses summed over dimensions", {"per_dimension": False}, {}),
+    "no_lm_gradient": ("no language-model gradient to the codes", {"lm_gradient_to_codes": False}, {}),
+    "rotation": ("with the rotation trick", {"estimator": "rotation"}, {}),
+    "kl": ("with KL to the base", {"kl_to_base": 1.0}, {}),
+    "ramp": ("with a ramp over the first quarter", {"ramp_steps": 100}, {}),
+    "paper_from_base": ("the paper's recipe, from the base", PAPER, {"similarity": "inner_product", "input_norm": "layer_norm"}),
+    "paper": ("the paper's recipe, from scratch", {}, {"recipe": "paper"}),
+}
+"""Name: what it is, and what is changed in the training and in the setting."""
+
+
+def setting_of(name: str) -> TokFSMSetting:
+    _, training, fields = VARIANTS[name]
+    return replace(SETTING, training=CodebookTrainingConfig(**training), **fields)
+
+
+def run(name: str, seed: int, folder: Path) -> dict:
+    """Train the base of a seed if it is not there yet, then the codes of a variant on it, and measure."""
+    setting = setting_of(name)
+    model = make_model(setting, seed)
+    base = None
+    if "base" in setting.steps:
+        kept = folder / f"base-{seed}"
+        if not (kept / BASE_MANIFEST).is_file():
+            train_base_(model, SETTING, folder / f"training-base-{seed}", seed=seed)
+            save_base(model, kept, figures=evaluate_base(model, SETTING, seed=seed))
+        base = restore_base_(model, kept)["figures"]
+    took = train_codes_(model, setting, folder / f"training-{name}-{seed}", seed=seed)
+    figures = evaluate_codes(model, setting, seed=seed, progress=False)
+    keep = ("excess", "accuracy", "valid_transitions", "dead", "state_codes", "decode", "purity", "automaton", "forcing")
+    return {"variant": name, "seed": seed, "base": base, "stage": took._asdict(), "codes": {key: figures[key] for key in keep}}
+
+
+def spread(values: list[float]) -> str:
+    return f"{sum(values) / len(values):.4f} ({min(values):.4f} to {max(values):.4f})"
+
+
+def percents(values: list[float]) -> str:
+    low, high = 100 * min(values), 100 * max(values)
+    return f"{100 * sum(values) / len(values):.1f} % ({low:.1f} to {high:.1f})"
+
+
+def table(results: dict) -> str:
+    runs = results["runs"]
+    seeds = sorted({row["seed"] for row in runs})
+    head = (
+        "20 states, z and mlp_out, k=1: mean (least to greatest)",
+        "loss over Bayes",
+        "valid transitions",
+        "dead codes",
+        "state by one code",
+    )
+    lines = [f"| {' | '.join(head)} |", "|---|---|---|---|---|"]
+    bases = [row["base"] for row in runs if row["variant"] == "default"]
+    cells = (spread([base["excess"] for base in bases]), percents([base["valid_transitions"] for base in bases]))
+    lines.append(f"| the base, no codes | {cells[0]} | {cells[1]} | | |")
+    for name, (what, _, _) in VARIANTS.items():
+        codes = [row["codes"] for row in runs if row["variant"] == name]
+        if codes:
+            decode = [max(site["accuracy"] for site in figures["decode"].values()) for figures in codes]
+            cells = (spread([figures["excess"] for figures in codes]), percents([figures["valid_transitions"] for figures in codes]))
+            lines.append(f"| {what} | {cells[0]} | {cells[1]} | {percents([f['dead']['share'] for f in codes])} | {percents(decode)} |")
+    at, steps = results["where"], runs[0]["stage"]["steps"]
+    lines.append("")
+    lines.append(
+        f"Seeds {', '.join(map(str, seeds))}; {steps} steps of {SETTING.batch_size} rows for the codes, {SETTING.base_steps} before for "
+        f"the base (the paper's recipe from scratch: as many in all); {at['cpu']}, threads: {at['threads']}, torch {at['torch']}, "
+        f"commit {at['commit']}; `python -m tests.benchmarks.tokfsm_ablation`."
+    )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--folder", help="Where bases and checkpoints are kept; a temporary one by default.")
+    args = parser.parse_args()
+    if args.table:
+        print(table(json.loads(RESULTS.read_text())))
+        return
+    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"runs": []}
+    with tempfile.TemporaryDirectory() as scratch:
+        for seed in args.seeds:
+            for name in args.variants:
+                if any((row["variant"], row["seed"]) == (name, seed) for row in results["runs"]):
+                    continue
+                results["runs"].append(run(name, seed, Path(args.folder or scratch)))
+                results["where"] = where(torch.device("cpu"), torch.get_num_threads())
+                replace_json(RESULTS, results)
+                print(table(results), flush=True)
+
+
+if __name__ == "__main__":
+    main()
