@@ -9,6 +9,7 @@ A run takes about two minutes on one core.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
 from dataclasses import replace
@@ -18,10 +19,24 @@ import torch
 
 from tl_codebook.base_model import BASE_MANIFEST, restore_base_, save_base
 from tl_codebook.benchmarks import where
-from tl_codebook.experiments.tokfsm import TokFSMSetting, evaluate_base, evaluate_codes, make_model, train_base_, train_codes_
+from tl_codebook.experiments.tokfsm import (
+    TokFSMSetting,
+    adjusted_mutual_information,
+    collect_at,
+    evaluate_base,
+    evaluate_codes,
+    held_out_rows,
+    make_model,
+    matched_agreement,
+    train_base_,
+    train_codes_,
+)
 from tl_codebook.files import replace_json
+from tl_codebook.names import Address
 from tl_codebook.training.config import CodebookTrainingConfig
 
+ROWS_OF_ALL = 10**6
+"""Seed of the rows on which the codes of different seeds are compared."""
 RESULTS = Path(__file__).with_name("results") / "tokfsm_ablation.json"
 SETTING = TokFSMSetting.mini(
     batch_size=32, base_steps=1200, code_steps=400, held_out_rows=200, sampled_rows=500, forced_prefixes=3, dictionary_steps=20
@@ -66,7 +81,26 @@ def run(name: str, seed: int, folder: Path) -> dict:
     took = train_codes_(model, setting, folder / f"training-{name}-{seed}", seed=seed)
     figures = evaluate_codes(model, setting, seed=seed, progress=False)
     keep = ("excess", "accuracy", "valid_transitions", "dead", "state_codes", "decode", "purity", "automaton", "forcing")
-    return {"variant": name, "seed": seed, "base": base, "stage": took._asdict(), "codes": {key: figures[key] for key in keep}}
+    result = {"variant": name, "seed": seed, "base": base, "stage": took._asdict(), "codes": {key: figures[key] for key in keep}}
+    return result | ({"state_codes": codes_of_states(model, setting, figures["automaton"]["site"])} if name == "default" else {})
+
+
+def codes_of_states(model, setting: TokFSMSetting, site: str) -> list[int]:
+    """Return the code of a site at each state of a text that is the same for all seeds: what seeds are compared by."""
+    rows = held_out_rows(setting, seed=ROWS_OF_ALL)[:50]
+    ids = collect_at(model, rows, {"ids": f"{Address.parse(site).hook_name}.hook_codes"})["ids"]
+    digits = setting.machine().n_digits
+    return ids[:, digits::digits, 0].flatten().tolist()
+
+
+def agreement(runs: list[dict]) -> dict | None:
+    """Return how far the codes of each two seeds mean the same."""
+    codes = [torch.tensor(row["state_codes"]) for row in runs if "state_codes" in row]
+    pairs = list(itertools.combinations(codes, 2))
+    if not pairs:
+        return None
+    ami = [adjusted_mutual_information(a, b) for a, b in pairs]
+    return {"adjusted_mutual_information": ami, "matched": [matched_agreement(a, b) for a, b in pairs], "pairs": len(pairs)}
 
 
 def spread(values: list[float]) -> str:
@@ -100,6 +134,12 @@ def table(results: dict) -> str:
             lines.append(f"| {what} | {cells[0]} | {cells[1]} | {percents([f['dead']['share'] for f in codes])} | {percents(decode)} |")
     at, steps = results["where"], runs[0]["stage"]["steps"]
     lines.append("")
+    if results.get("agreement"):
+        same, ami = results["agreement"]["matched"], results["agreement"]["adjusted_mutual_information"]
+        lines.append(
+            f"The codes of states of two seeds, the recipe: adjusted mutual information {spread(ami)}, the same under the best matching at "
+            f"{percents(same)} of the positions."
+        )
     lines.append(
         f"Seeds {', '.join(map(str, seeds))}; {steps} steps of {SETTING.batch_size} rows for the codes, {SETTING.base_steps} before for "
         f"the base (the paper's recipe from scratch: as many in all); {at['cpu']}, threads: {at['threads']}, torch {at['torch']}, "
@@ -125,6 +165,7 @@ def main() -> None:
                 if any((row["variant"], row["seed"]) == (name, seed) for row in results["runs"]):
                     continue
                 results["runs"].append(run(name, seed, Path(args.folder or scratch)))
+                results["agreement"] = agreement(results["runs"])
                 results["where"] = where(torch.device("cpu"), torch.get_num_threads())
                 replace_json(RESULTS, results)
                 print(table(results), flush=True)

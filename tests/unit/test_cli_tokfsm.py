@@ -27,7 +27,8 @@ def test_a_run_writes_model_figures_and_report(small, tmp_path, monkeypatch, cap
     out = capsys.readouterr().out
     folder = tmp_path / "runs" / "tokfsm-mini-seed3"
     assert {path.name for path in folder.iterdir()} >= {"model", "base", "results.json", "report.html", "experiment.json"}
-    assert "published" in out and "no codes" in out
+    assert "published" in out
+    assert "no codes" in out
     assert "63.65 %" in out
     assert "With the codes of state" in out
     assert "tl_codebook.load('runs/tokfsm-mini-seed3/model')" in out
