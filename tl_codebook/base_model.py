@@ -5,6 +5,8 @@ A model without codebooks, in training or trained, has a folder of its own: ``tl
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,18 @@ __all__ = ["BASE_MANIFEST", "build", "describe", "freeze_", "frozen_zeros", "put
 
 BASE_MANIFEST = "tl_codebook_base.json"
 _BASE_FORMAT = "tl_codebook base"
+_BESIDE_THE_COMPUTATION = frozenset(
+    (
+        *("device", "n_devices", "seed", "init_mode", "init_weights", "initializer_range", "n_params"),
+        *("model_name", "original_architecture", "_name_or_path", "architectures", "transformers_version", "trust_remote_code"),
+        *("from_checkpoint", "checkpoint_index", "checkpoint_label_type", "checkpoint_value"),
+        *("tokenizer_name", "tokenizer_prepends_bos", "tokenizer_appends_eos", "default_prepend_bos", "default_padding_side"),
+        *("bos_token_id", "eos_token_id", "id2label", "label2id", "problem_type"),
+        *("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in", "use_hook_tokens"),
+        *("output_attentions", "output_hidden_states", "return_dict", "use_cache"),
+    )
+)
+"""Fields of a host's configuration that say where it came from, how it started and what is shown of it."""
 
 
 def _parameters(model: Any) -> dict[str, Tensor]:
@@ -136,10 +150,13 @@ def save_base(model: Any, folder: Path, **about: Any) -> None:
     The manifest is replaced last and in one step, so a process killed in between leaves what was there before.
     """
     with files.made(folder), files.one_writer(folder):
-        before = files.read_json(folder / BASE_MANIFEST) if (folder / BASE_MANIFEST).is_file() else {}
+        before: dict[str, Any] = {}
+        with contextlib.suppress(CheckpointError):  # none there, or what is being overwritten is damaged
+            before = files.read_json(folder / BASE_MANIFEST)
         manifest = {
             "format": _BASE_FORMAT,
             "format_version": 1,
+            "model": _described(model),
             "weights": files.write_tensors(folder, "model", weights_of(model)),
             **about,
         }
@@ -147,14 +164,50 @@ def save_base(model: Any, folder: Path, **about: Any) -> None:
         files.remove_stale(folder, before, manifest)
 
 
-def restore_base_(model: Any, folder: Path) -> dict[str, Any]:
-    """Bring the weights of a host back to what `save_base` wrote, and return the manifest.
+def _described(model: Any) -> dict[str, Any] | None:
+    """Return what `describe` says, as a file gives it back; None where it cannot say, for the weights can be kept all the same."""
+    try:
+        return json.loads(json.dumps(describe(model), allow_nan=False))
+    except Exception:  # processed weights, or a configuration of someone else's making
+        return None
+
+
+def restore_base_(model: Any, folder: Path, *, again: str = "Train it again.") -> dict[str, Any]:
+    """Bring the weights of a host back to what `save_base` wrote, and return the manifest. `again` is what errors advise.
 
     Raises:
-        CheckpointError: the folder holds none, or of another model, or it is damaged.
+        CheckpointError: the folder holds none, or of another model or dtype, or it is damaged; the model is as it was.
     """
-    manifest = files.read_json(folder / BASE_MANIFEST, again="Train it again.")
+    if not (folder / BASE_MANIFEST).is_file():
+        raise CheckpointError(f"{folder} holds no {BASE_MANIFEST}, so no base can be restored from it. {again}")
+    manifest = files.read_json(folder / BASE_MANIFEST, again=again)
     if (manifest.get("format"), manifest.get("format_version")) != (_BASE_FORMAT, 1):
         raise CheckpointError(f"{folder / BASE_MANIFEST} is of a format that is not read. Use the release that wrote it.")
-    put_weights_(model, files.read_tensors(folder, manifest.get("weights")), folder)
+    weights = files.read_tensors(folder, manifest.get("weights"))
+    own = weights_of(model)
+    rounded = [name for name in own if name in weights and own[name].dtype != weights[name].dtype]
+    if rounded:
+        then, now = (str(of[rounded[0]].dtype).removeprefix("torch.") for of in (weights, own))
+        raise CheckpointError(
+            f"{folder} holds {rounded[0]!r} in {then}, the model has it in {now} ({len(rounded)} weights differ so): one would be rounded "
+            f"to the other. Restore into a model in {then}: model.to(torch.{then})."
+        )
+    if "model" in manifest:  # not in what was written before there was a description
+        differing = _differences(manifest["model"], _described(model))
+        if differing:
+            raise CheckpointError(
+                f"{folder} holds the weights of another model ({'; '.join(differing)}). Restore into a model of the configuration it had."
+            )
+    put_weights_(model, weights, folder)
     return manifest
+
+
+def _differences(then: Any, now: dict[str, Any] | None) -> list[str]:
+    """List in what computation two descriptions of hosts differ; a field that only one has is of another release."""
+    if not isinstance(then, dict) or now is None:  # weight processing, which no description can name, computes something else
+        return [] if then == now else [f"a description: {'none' if then is None else 'one'} then, {'none' if now is None else 'one'} now"]
+    if then.get("host") != now["host"] or not isinstance(then.get("config"), dict):
+        return [f"host: {then.get('host')!r} then, {now['host']!r} now"]
+    before, after = then["config"], now["config"]
+    asked = sorted((before.keys() & after.keys()) - _BESIDE_THE_COMPUTATION)
+    return [f"{key}: {before[key]!r} then, {after[key]!r} now" for key in asked if before[key] != after[key]]

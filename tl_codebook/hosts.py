@@ -25,6 +25,7 @@ __all__ = [
     "PositionClock",
     "StrictRegistry",
     "as_host",
+    "evaluating",
     "head_count",
     "home_device",
     "is_bridge",
@@ -132,22 +133,50 @@ def resolve_sites(model: Any, sites: str | Sequence[str], layers: int | Sequence
 
 
 @contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
-    """Run the model as in evaluation, with every hook on its hook points set aside for the duration."""
-    points = [m for m in model.modules() if isinstance(m, HookPoint)]
-    saved = [(p._forward_hooks, p._backward_hooks, p.fwd_hooks, p.bwd_hooks) for p in points]
-    modes = [(m, m.training) for m in model.modules()]
+def evaluating(model: Any) -> Iterator[None]:
+    """Run a model as in evaluation inside the ``with`` block, and leave each of its modules in the mode that it was in.
+
+    Gradients are as they were; what is no `nn.Module` has no mode.
+
+    >>> _ = model.train().blocks[0].eval()  # as a user may who wants no dropout there
+    >>> with evaluating(model):
+    ...     model.training, model.blocks[1].training
+    (False, False)
+    >>> model.training, model.blocks[0].training
+    (True, False)
+    """
+    modes = [(module, module.training) for module in _modules(model)]
     try:
-        for p in points:
-            p._forward_hooks, p._backward_hooks, p.fwd_hooks, p.bwd_hooks = OrderedDict(), OrderedDict(), [], []
         for module, _ in modes:
             module.training = False
         yield
     finally:
-        for p, state in zip(points, saved, strict=True):
-            p._forward_hooks, p._backward_hooks, p.fwd_hooks, p.bwd_hooks = state
         for module, mode in modes:
             module.training = mode
+
+
+def _modules(model: Any) -> dict[nn.Module, None]:
+    """Return every module of a model, those that a Bridge has beside its tree too: a dropout after the embeddings is one."""
+    found: dict[nn.Module, None] = {}
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        inner = vars(module).get("original_model")
+        found.update(dict.fromkeys([module, *(inner.modules() if isinstance(inner, nn.Module) else ())]))
+    return found
+
+
+@contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """Run the model as in evaluation, with every hook on its hook points set aside for the duration."""
+    points = [m for m in model.modules() if isinstance(m, HookPoint)]
+    saved = [(p._forward_hooks, p._backward_hooks, p.fwd_hooks, p.bwd_hooks) for p in points]
+    try:
+        for p in points:
+            p._forward_hooks, p._backward_hooks, p.fwd_hooks, p.bwd_hooks = OrderedDict(), OrderedDict(), [], []
+        with evaluating(model):
+            yield
+    finally:
+        for p, state in zip(points, saved, strict=True):
+            p._forward_hooks, p._backward_hooks, p.fwd_hooks, p.bwd_hooks = state
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import torch
 
 from tl_codebook import load, save
 from tl_codebook.cli import main as tl_codebook
-from tl_codebook.experiments.tokfsm import figure_rows
+from tl_codebook.experiments.tokfsm import TokFSMSetting, evaluate_base, figure_rows
 from tl_codebook.files import replace_json
 
 RESULTS = Path(__file__).with_name("results")
@@ -55,10 +55,12 @@ def table() -> str:
 
 
 def keep_model(run: Path, target: Path) -> None:
-    """Save the model of a run in half precision (the weights take up half the room; the demo computes in fp32), with its figures."""
+    """Save the model of a run in half precision, with its figures, and those of the rounded weights in fp32."""
     model = load(run / "model").to(torch.float16)
     save(model, target / "model", overwrite=True)
-    replace_json(target / "results.json", json.loads((run / "results.json").read_text()))
+    results = json.loads((run / "results.json").read_text())
+    rounded = evaluate_base(model.to(torch.float32), TokFSMSetting.from_dict(results["setting"]), seed=results["seed"])
+    replace_json(target / "results.json", {**results, "rounded": rounded})
 
 
 def main() -> None:

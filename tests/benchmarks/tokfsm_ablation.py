@@ -41,8 +41,6 @@ RESULTS = Path(__file__).with_name("results") / "tokfsm_ablation.json"
 SETTING = TokFSMSetting.mini(
     batch_size=32, base_steps=1200, code_steps=400, held_out_rows=200, sampled_rows=500, forced_prefixes=3, dictionary_steps=20
 )
-PAPER = {"codes_learning_rate": 1e-3, "reconstruction": 1.0, "commitment": 0.0, "per_dimension": False, "init": "none", "revive_every": 0}
-
 VARIANTS: dict[str, tuple[str, dict, dict]] = {
     "default": ("the recipe", {}, {}),
     "no_kmeans": ("codes from noise instead of k-means", {"init": "none"}, {}),
@@ -56,7 +54,11 @@ VARIANTS: dict[str, tuple[str, dict, dict]] = {
     "rotation": ("with the rotation trick", {"estimator": "rotation"}, {}),
     "kl": ("with KL to the base", {"kl_to_base": 1.0}, {}),
     "ramp": ("with a ramp over the first quarter", {"ramp_steps": 100}, {}),
-    "paper_from_base": ("the paper's recipe, from the base", PAPER, {"similarity": "inner_product", "input_norm": "layer_norm"}),
+    "paper_from_base": (
+        "the paper's recipe, from the base",
+        CodebookTrainingConfig.paper().to_dict(),
+        {"similarity": "inner_product", "input_norm": "layer_norm"},
+    ),
     "paper": ("the paper's recipe, from scratch", {}, {"recipe": "paper"}),
 }
 """Name: what it is, and what is changed in the training and in the setting."""
@@ -76,12 +78,17 @@ def run(name: str, seed: int, folder: Path) -> dict:
         kept = folder / f"base-{seed}"
         if not (kept / BASE_MANIFEST).is_file():
             train_base_(model, SETTING, folder / f"training-base-{seed}", seed=seed)
-            save_base(model, kept, figures=evaluate_base(model, SETTING, seed=seed))
-        base = restore_base_(model, kept)["figures"]
+            save_base(model, kept, figures=evaluate_base(model, SETTING, seed=seed), setting=SETTING.to_dict())
+        about = restore_base_(model, kept)
+        if about["setting"] != json.loads(json.dumps(SETTING.to_dict())):
+            raise SystemExit(f"{kept} holds the base of another setting. Give another --folder.")
+        base = about["figures"]
     took = train_codes_(model, setting, folder / f"training-{name}-{seed}", seed=seed)
     figures = evaluate_codes(model, setting, seed=seed, progress=False)
+    figures["state_codes"].pop("controls")  # of a dictionary that was hardly trained
     keep = ("excess", "accuracy", "valid_transitions", "dead", "state_codes", "decode", "purity", "automaton", "forcing")
     result = {"variant": name, "seed": seed, "base": base, "stage": took._asdict(), "codes": {key: figures[key] for key in keep}}
+    result["where"] = where(torch.device(took.device), torch.get_num_threads())
     return result | ({"state_codes": codes_of_states(model, setting, figures["automaton"]["site"])} if name == "default" else {})
 
 
@@ -122,17 +129,19 @@ def table(results: dict) -> str:
         "dead codes",
         "state by one code",
     )
-    lines = [f"| {' | '.join(head)} |", "|---|---|---|---|---|"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     bases = [row["base"] for row in runs if row["variant"] == "default"]
     cells = (spread([base["excess"] for base in bases]), percents([base["valid_transitions"] for base in bases]))
-    lines.append(f"| the base, no codes | {cells[0]} | {cells[1]} | | |")
+    lines.append(f"| the base, no codes | {len(bases)} | {cells[0]} | {cells[1]} | | |")
     for name, (what, _, _) in VARIANTS.items():
         codes = [row["codes"] for row in runs if row["variant"] == name]
         if codes:
             decode = [max(site["accuracy"] for site in figures["decode"].values()) for figures in codes]
             cells = (spread([figures["excess"] for figures in codes]), percents([figures["valid_transitions"] for figures in codes]))
-            lines.append(f"| {what} | {cells[0]} | {cells[1]} | {percents([f['dead']['share'] for f in codes])} | {percents(decode)} |")
-    at, steps = results["where"], runs[0]["stage"]["steps"]
+            dead = percents([figures["dead"]["share"] for figures in codes])
+            lines.append(f"| {what} | {len(codes)} | {cells[0]} | {cells[1]} | {dead} | {percents(decode)} |")
+    at = next(row["where"] for row in runs)
+    commits = sorted({str(row["where"]["commit"]) for row in runs})
     lines.append("")
     if results.get("agreement"):
         same, ami = results["agreement"]["matched"], results["agreement"]["adjusted_mutual_information"]
@@ -141,9 +150,9 @@ def table(results: dict) -> str:
             f"{percents(same)} of the positions."
         )
     lines.append(
-        f"Seeds {', '.join(map(str, seeds))}; {steps} steps of {SETTING.batch_size} rows for the codes, {SETTING.base_steps} before for "
-        f"the base (the paper's recipe from scratch: as many in all); {at['cpu']}, threads: {at['threads']}, torch {at['torch']}, "
-        f"commit {at['commit']}; `python -m tests.benchmarks.tokfsm_ablation`."
+        f"Seeds {', '.join(map(str, seeds))}; {SETTING.code_steps} steps of {SETTING.batch_size} rows for the codes, {SETTING.base_steps} "
+        f"before for the base (the paper's recipe from scratch: as many in all); {at['cpu']}, threads: {at['threads']}, "
+        f"torch {at['torch']}, commit {', '.join(commits)}; `python -m tests.benchmarks.tokfsm_ablation`."
     )
     return "\n".join(lines)
 
@@ -166,7 +175,6 @@ def main() -> None:
                     continue
                 results["runs"].append(run(name, seed, Path(args.folder or scratch)))
                 results["agreement"] = agreement(results["runs"])
-                results["where"] = where(torch.device("cpu"), torch.get_num_threads())
                 replace_json(RESULTS, results)
                 print(table(results), flush=True)
 

@@ -36,7 +36,8 @@ def test_a_model_that_is_the_machine_is_perfect_in_every_figure(host):
         assert figures["state_codes"][floor] == {"precision": 1, "recall": 1, "covered": 1}
     assert figures["decode"] == {"L0.mlp_out": {"accuracy": 1, "codes_per_state": 1}}
     assert figures["purity"]["L0.mlp_out"]["bigram"] == {"codes": 1, "inputs": 1, "n_codes": 6, "n_inputs": 6}
-    assert (figures["automaton"]["f1"], figures["automaton"]["site"]) == (1, "L0.mlp_out")
+    assert (figures["automaton"]["f1"], figures["automaton"]["site"], figures["best_site"]) == (1, "L0.mlp_out", "L0.mlp_out")
+    assert figures["automaton"]["min_share"] == pytest.approx(0.2 / 2)
     assert figures["forcing"]["all MLP"]["normalised_machine"] == pytest.approx(0, abs=1e-4)
     assert figures["forcing"]["all MLP"]["successor_exact"] == 1
     assert figures["forcing"]["all MLP, wrong"]["normalised_machine"] > 0.3
@@ -92,8 +93,34 @@ def test_several_codes_at_a_time(host):
         torch.manual_seed(0)
         tlc.attach(model, sizes.codebooks())
     figures = evaluate_codes(model, sizes, progress=False)
-    assert figures["decode"]["L0.mlp_out"]["codes_per_state"] is None
+    assert figures["decode"]["L0.mlp_out"]["codes_per_state"] >= 1  # by the first code of two
+    assert 0 <= figures["dead"]["share"] <= 1
     assert 0 <= figures["automaton"]["f1"] <= 1
+
+
+def test_a_surplus_of_codes_in_use_makes_up_for_no_dead_ones():
+    from tl_codebook.experiments.tokfsm.evaluation import _dead
+    from tl_codebook.experiments.tokfsm.inputs import DeadCodes
+
+    def site(used, attainable):
+        one = torch.tensor([1.0])
+        return DeadCodes(torch.tensor([used]), torch.tensor([attainable]), one, one)
+
+    figures = _dead({"blocks.0.hook_mlp_out": site(16, 6), "blocks.1.hook_mlp_out": site(6, 16)})  # k > 1: two codes an input
+    assert (figures["used"], figures["attainable"]) == (12, 22)
+    assert figures["share"] == pytest.approx(10 / 22)
+
+
+def test_the_site_of_the_automaton_is_chosen_on_the_other_half():
+    from tl_codebook.experiments.tokfsm.evaluation import _decode
+
+    labels = torch.tensor([[0, 1], [0, 1], [0, 1], [0, 1]])
+    early = torch.tensor([[0, 1], [0, 1], [0, 0], [0, 0]])[..., None]  # right on the first half alone
+    late = torch.tensor([[0, 0], [0, 1], [0, 1], [0, 1]])[..., None]
+    names = ("blocks.0.hook_mlp_out", "blocks.1.hook_mlp_out")
+    figures, best = _decode(dict(zip(names, (early, late), strict=True)), labels, 2, dict.fromkeys(names, 2), 2)
+    assert best == names[0]
+    assert figures["L0.mlp_out"]["accuracy"] == 0.5
 
 
 def test_values_are_collected_under_the_keys_asked_for(host):

@@ -131,6 +131,8 @@ def test_a_base_checkpoint_of_other_data_is_refused(tmp_path):
     train_base_(make_model(setting), setting, tmp_path, seed=0, progress=False)
     with pytest.raises(TrainingError, match=r"belongs to another run \(data: '.*' then, '.*' now"):
         train_base_(make_model(setting), setting, tmp_path, seed=1, resume=True, progress=False)
+    with pytest.raises(TrainingError, match=r"holds checkpoints of a run. Resume it"):
+        train_base_(make_model(setting), setting, tmp_path, seed=0, progress=False)
 
 
 def test_a_loss_that_is_no_number_stops_the_base(tmp_path):
@@ -142,11 +144,60 @@ def test_a_loss_that_is_no_number_stops_the_base(tmp_path):
         train_base_(model, setting, tmp_path, seed=0, progress=False)
 
 
-def test_the_recipe_of_the_paper_trains_from_scratch(tmp_path):
-    results = run_experiment(tiny(recipe="paper"), tmp_path / "run", progress=False)
+def paper_setting() -> TokFSMSetting:
+    return tiny(recipe="paper", training=CodebookTrainingConfig())
+
+
+def test_the_recipe_of_the_paper_trains_from_scratch(tmp_path, monkeypatch):
+    from tl_codebook.experiments.tokfsm import stages
+
+    made = []
+
+    class Watched(stages.CodebookTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    monkeypatch.setattr(stages, "CodebookTrainer", Watched)
+    results = run_experiment(paper_setting(), tmp_path / "run", progress=False)
     assert "base" not in results
     assert list(results["stages"]) == ["codes"]
     assert results["stages"]["codes"]["steps"] == 22
+    (trainer,) = made
+    assert trainer.training_config == CodebookTrainingConfig.paper(codes_learning_rate=1e-3)
+    assert (trainer.args.lr_scheduler_type, trainer.args.adam_beta2, trainer.args.learning_rate) == ("constant", 0.999, 1e-3)
+
+
+def test_the_seed_decides_the_noise_that_codes_start_as(tmp_path):
+    """Whatever was drawn from the global generator before, and nothing is drawn from it."""
+    losses = []
+    for name, before, seed in (("one", 0, 0), ("two", 99, 0), ("other", 0, 1)):
+        torch.manual_seed(before)
+        losses.append(run_experiment(paper_setting(), tmp_path / name, seed=seed, progress=False)["codes"]["loss"])
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_the_seconds_of_a_resumed_stage_are_those_of_all_its_parts(tmp_path, monkeypatch):
+    import json as files
+
+    setting = tiny()
+    with monkeypatch.context() as patch:
+        stop_at(patch, "HostTrainer", 7)
+        with pytest.raises(Killed):
+            run_experiment(setting, tmp_path / "run", progress=False)
+    kept = tmp_path / "run" / "training" / "base" / "seconds.json"
+    known = files.loads(kept.read_text())
+    assert set(known) == {"2", "4", "6"}
+    kept.write_text(files.dumps({**known, "6": 1000.0}))
+    results = run_experiment(setting, tmp_path / "run", resume=True, progress=False)
+    assert 1000 < results["stages"]["base"]["seconds"] < 1100
+    assert results["stages"]["codes"]["seconds"] < 100
+
+
+def test_rows_that_do_not_hold_every_state_are_refused_before_anything_is_trained(tmp_path):
+    with pytest.raises(ConfigError, match=r"held_out_rows=2 was asked for, and \d+ of the 20 states do not occur in half of them"):
+        run_experiment(TokFSMSetting.mini(held_out_rows=2, n_tokens=16), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_data_of_two_stages_and_of_the_test_differ():
@@ -163,15 +214,17 @@ def test_the_data_of_two_stages_and_of_the_test_differ():
 
 @pytest.mark.slow
 def test_the_loss_of_the_mini_preset_falls_as_it_did(tmp_path):
-    """The first 60 steps of the base and 20 of the codes, on the preset's own sizes with a quarter of its batch."""
+    """120 steps of the base and 30 of the codes, on the preset's own sizes with a quarter of its batch."""
     setting = TokFSMSetting.mini(batch_size=16, base_steps=120, code_steps=30, held_out_rows=40)
     machine, rows = setting.machine(), held_out_rows(setting, 0)
     model = make_model(setting, seed=0)
+    before = loss_over_bayes(model, machine, rows)
+    assert before.bayes_loss == pytest.approx(bayes_loss(machine), abs=0.02)
     train_base_(model, setting, tmp_path / "base", seed=0, progress=False)
     base = loss_over_bayes(model, machine, rows)
-    assert base.bayes_loss == pytest.approx(bayes_loss(machine), abs=0.02)
     train_codes_(model, setting, tmp_path / "codes", seed=0, progress=False)
     codes = loss_over_bayes(model, machine, rows)
-    print(base, codes)
-    assert 0 < base.excess < 0.5
-    assert 0 < codes.excess < base.excess + 0.05
+    # Seen: 1.60, 0.30 and 0.29; the range is that of other machines' rounding.
+    assert before.excess > 1.4
+    assert 0.15 < base.excess < 0.45
+    assert 0.1 < codes.excess < base.excess + 0.03

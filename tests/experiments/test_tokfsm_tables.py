@@ -122,7 +122,7 @@ def test_hardly_any_figures_at_all():
 
 def test_with_several_codes_a_position_the_row_says_what_it_is():
     rows = rows_of(made_results(TokFSMSetting.mini(k=2)))
-    assert rows["best code, precision x recall, best MLP"][2] == "81.00 %"
+    assert rows["state read off the first code, best MLP"][2] == "81.00 %"
 
 
 def test_demonstration():

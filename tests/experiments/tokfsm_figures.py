@@ -80,6 +80,7 @@ def made_results(setting=None):
                 "neurons": 640,
             },
         },
+        "best_site": mlp[-1],
         "decode": {name: {"accuracy": 0.8 + 0.01 * layer, "codes_per_state": 1.5 + layer} for layer, name in enumerate(mlp)},
         "purity": {name: pure(0.2 * layer, 0.1 * layer) for layer, name in enumerate(mlp)},
         "automaton": {"precision": 0.55, "recall": 0.45, "f1": 0.495, "min_share": 0.02, "site": "L1.mlp_out"},

@@ -144,6 +144,12 @@ CHANGES = {
     "fewer rows": ({"train_dataset": rows(12)}, r"rows: 16 then, 12 now"),
     "other rows": ({"train_dataset": rows(16, seed=4)}, r"data: "),
     "learning rate": ({"learning_rate": 5e-3}, r"learning_rate: 0\.001 then, 0\.005 now"),
+    "schedule": ({"lr_scheduler_type": "cosine"}, r"lr_scheduler_type: 'constant' then, 'cosine' now"),
+    "warm-up": ({"warmup_steps": 2}, r"warmup_steps: 0(\.0)? then, 2 now"),
+    "beta 1": ({"adam_beta1": 0.8}, r"adam_beta1: 0\.9 then, 0\.8 now"),
+    "beta 2": ({"adam_beta2": 0.9}, r"adam_beta2: 0\.999 then, 0\.9 now"),
+    "epsilon": ({"adam_epsilon": 1e-6}, r"adam_epsilon: 1e-08 then, 1e-06 now"),
+    "clipping": ({"max_grad_norm": 0.5}, r"max_grad_norm: 1\.0 then, 0\.5 now"),
 }
 
 
@@ -181,15 +187,23 @@ def test_resuming_with_other_codebooks(tmp_path):
     assert_equal(weights(other), before)
 
 
-@pytest.mark.parametrize("damage", ["manifest", "codes", "state"])
+@pytest.mark.parametrize("damage", ["manifest", "codes", "state", "trainer state"])
 def test_resuming_from_a_damaged_checkpoint(tmp_path, damage):
     trainer_of(with_books(TRAINED[0]), tmp_path, REVIVING, save_strategy="steps", save_steps=2, max_steps=2).train()
     folder = tmp_path / "checkpoint-2"
-    target = {"manifest": "tl_codebook.json", "codes": "codes.*.safetensors", "state": "tl_codebook_training.json"}[damage]
+    names = {
+        "manifest": "tl_codebook.json",
+        "codes": "codes.*.safetensors",
+        "state": "tl_codebook_training.json",
+        "trainer state": "trainer_state.json",
+    }
+    target = names[damage]
     (path,) = folder.glob(target)
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(CheckpointError, match=rf"{path.name}.* (incomplete|damaged)"):
-        trainer_of(with_books(TRAINED[0]), tmp_path, REVIVING, max_steps=4).train(resume_from_checkpoint=True)
+    trainer = trainer_of(with_books(TRAINED[0]), tmp_path, REVIVING, max_steps=4)
+    for named, error in ((True, TrainingError if path.suffix == ".json" else CheckpointError), (str(folder), CheckpointError)):
+        with pytest.raises(error, match=rf"{path.name}.* (incomplete|damaged)"):
+            trainer.train(resume_from_checkpoint=named)
 
 
 @pytest.mark.parametrize("state", [{}, {"format_version": 2, "counts": {}, "run": {}}, {"format_version": 1, "counts": {}, "run": 3}])

@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 
 import tl_codebook as tlc
 from tests.hosts.state import TOKENS
-from tests.hosts.training import MLP, TRAINED, arguments, assert_equal, base_weights, codes, rows, trainer_of, weights, with_books
+from tests.hosts.training import MLP, TRAINED, arguments, assert_equal, base_weights, codes, host_of, rows, trainer_of, weights, with_books
 from tl_codebook.errors import TrainingError
 from tl_codebook.training import CodebookTrainingConfig, collate
 from tl_codebook.training.host_trainer import HostTrainer
@@ -237,7 +237,7 @@ def test_a_frozen_base_is_its_own_teacher(kind, tmp_path):
 
 
 def test_a_host_without_codebooks_has_no_base_to_diverge_from(tmp_path):
-    trainer = HostTrainer(with_books(TRAINED[0]), arguments(tmp_path), rows(), config=CodebookTrainingConfig(kl_to_base=1.0))
+    trainer = HostTrainer(host_of(TRAINED[0]), arguments(tmp_path), rows(), config=CodebookTrainingConfig(kl_to_base=1.0))
     with pytest.raises(TrainingError, match="no base to compare with"):
         trainer.train()
 

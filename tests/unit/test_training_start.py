@@ -8,7 +8,7 @@ import torch
 import tl_codebook as tlc
 from tests.tiny import make_host
 from tl_codebook import Codebook, CodebookConfig
-from tl_codebook.errors import DataError
+from tl_codebook.errors import DataError, NonFiniteError
 from tl_codebook.snap import decode, select
 from tl_codebook.training.initialisation import fit_codes, initialise_codes_, kmeans, spread_centres, stage_sizes
 
@@ -239,3 +239,27 @@ def test_no_tokens(model, tokens, mask):
     with pytest.raises(DataError, match="no tokens were given"):
         initialise_codes_(model, tokens, mask=mask)
     assert all(torch.equal(value, start[name]) for name, value in codes(model).items())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_activations_that_are_no_numbers_name_their_site(value):
+    model = make_host("native")
+    books = tlc.attach(model, "mlp_out", n_codes=8)
+    before = {name: book.codes.detach().clone() for name, book in books.items()}
+    with torch.no_grad():
+        next(p for p in model.blocks[1].mlp.parameters() if p.ndim == 2).fill_(value)
+    tokens = torch.randint(0, 61, (4, 12))
+    with pytest.raises(NonFiniteError, match=r"^blocks\.1\.hook_mlp_out: .*NaN or Inf, at 48 of 48 tokens"):
+        initialise_codes_(model, tokens, progress=False)
+    assert all(torch.equal(book.codes, before[name]) and book.fresh for name, book in books.items())
+
+
+def test_padding_may_hold_nan():
+    model = make_host("native")
+    books = tlc.attach(model, "resid_pre", n_codes=4, layers=0)
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.shape[0] == 61)[60] = torch.nan  # the embedding of the token of the padding
+    tokens = torch.randint(0, 60, (4, 12))
+    tokens[:, 8:] = 60
+    initialise_codes_(model, tokens, mask=tokens != 60, progress=False)
+    assert books["blocks.0.hook_resid_pre"].codes.isfinite().all()

@@ -298,6 +298,7 @@ def _refuse_codebooks(codes: Any, blocks: Any, model: Any, layout: Layout) -> No
 def _check_basis(basis: Basis, names: Iterable[str], model: Any, blocks: Any, layout: Layout) -> None:
     """Run the tokens of the basis through the model, and compare what passes the sites as `attach` does."""
     from tl_codebook.basis import measured  # whoever has a basis has TransformerLens already
+    from tl_codebook.hosts import evaluating
 
     names = [name for name in names if name in basis.means]
     known, used = getattr(model.config, "max_position_embeddings", None), basis.tokens.shape[1]
@@ -305,19 +306,15 @@ def _check_basis(basis: Basis, names: Iterable[str], model: Any, blocks: Any, la
         raise BasisMismatchError(f"these codes come from a model of {used} positions or more, and this one has {known}. Load that model.")
     seen: dict[str, Tensor] = {}
     hooks: list[RemovableHandle] = []
-    modes = [(module, module.training) for module in model.modules()]
     try:
         for layer in sorted({_place(name)[0] for name in names}):
             keepers = {_place(name)[1]: partial(_keep, seen, name) for name in names if _place(name)[0] == layer}
             _hook(hooks, blocks[layer], keepers, layout, int(model.config.num_attention_heads))
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             model(basis.tokens.to(model.get_input_embeddings().weight.device), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-        for module, training in modes:
-            module.training = training
     unprocessed = {"processed": False, "fold_ln": False, "center_writing_weights": False}
     offsets = basis.compare(measured(seen, basis.tokens, unprocessed, None), names)
     if offsets:

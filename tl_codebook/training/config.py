@@ -59,7 +59,11 @@ class CodebookTrainingConfig:
         metadata={"help": "Weight of KL(base || codebook model) of the next token, in nats; base = no codebooks, weights of the start."},
     )
     ramp_steps: int = field(
-        default=0, metadata={"help": "Steps over which the output of a codebook goes from its input to its codes; 0 snaps from the start."}
+        default=0,
+        metadata={
+            "help": "Steps over which the output of a codebook goes from its input (the normalised one where input_norm is layer_norm, not "
+            "the activation) to its codes; 0 snaps from the start."
+        },
     )
     init: str = field(
         default="kmeans", metadata={"help": "kmeans (on the base's activations, codebooks that are still noise only) or none."}

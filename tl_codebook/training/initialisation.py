@@ -20,7 +20,7 @@ from tl_codebook import hosts
 from tl_codebook.attachment import match_sites
 from tl_codebook.codebook import Codebook
 from tl_codebook.contexts import bypassed
-from tl_codebook.errors import DataError
+from tl_codebook.errors import DataError, NonFiniteError
 from tl_codebook.points import CodebookPoint
 from tl_codebook.snap import decode, select
 
@@ -136,7 +136,11 @@ def fit_codes(
 def collect_inputs(
     model: Any, tokens: Int[Tensor, "row pos"], mask: Bool[Tensor, "row pos"] | None, points: Sequence[CodebookPoint], batch_size: int = 16
 ) -> dict[str, Float[Tensor, "n group d_group"]]:
-    """Run the model without its codebooks and return what would go into them, padding left out, on the CPU."""
+    """Run the model without its codebooks and return what would go into them, padding left out, on the CPU.
+
+    Raises:
+        NonFiniteError: some of it is NaN or Inf; it would be a code.
+    """
     found: dict[str, list[Tensor]] = {point.site: [] for point in points}
     with bypassed(model):
         for start in range(0, tokens.shape[0], batch_size):
@@ -148,7 +152,14 @@ def collect_inputs(
                 if mask is not None:
                     flat = flat[mask[start : start + batch_size].reshape(-1).to(flat.device)]
                 with torch.no_grad():
-                    found[point.site].append(book.normalise(point.in_basis(flat.to(book.codes.device))).float().cpu())
+                    y = book.normalise(point.in_basis(flat.to(book.codes.device))).float().cpu()
+                n_wrong = int((~y.isfinite()).flatten(1).any(-1).sum())
+                if n_wrong:
+                    raise NonFiniteError(
+                        f"{point.site}: the activations that its codes are to start from hold NaN or Inf, at {n_wrong} of {len(y)} tokens. "
+                        "Look for NaN among the weights of the base; in half precision run it in fp32."
+                    )
+                found[point.site].append(y)
     return {site: torch.cat(parts) for site, parts in found.items()}
 
 
@@ -171,6 +182,10 @@ def initialise_codes_(
         names: Hook names, addresses or sites; all by default.
         n_iterations: Lloyd iterations of each k-means.
         seed: Of the centres' first places.
+
+    Raises:
+        DataError: no tokens were given.
+        NonFiniteError: the base has NaN or Inf at a site.
 
     Source: k-means as in the original library's optional initialisation; stages as in residual quantisation.
 

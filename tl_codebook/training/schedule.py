@@ -115,7 +115,11 @@ class KSchedule(Schedule):
 
 
 class RampSchedule(Schedule):
-    """How far the outputs of the codebooks go from the inputs to the codes; off where `ramp_steps` is 0."""
+    """How far the outputs of the codebooks go from the inputs to the codes; off where `ramp_steps` is 0.
+
+    The input is what is snapped: with ``input_norm="layer_norm"`` strength 0 gives the normalised activation, not the activation itself,
+    so that the first step is not the base's.
+    """
 
     name, attribute, at_rest = "strength", "strength", 1.0
 

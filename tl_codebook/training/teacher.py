@@ -14,6 +14,7 @@ from torch.nn.functional import kl_div
 
 from tl_codebook.attachment import sites
 from tl_codebook.contexts import bypassed
+from tl_codebook.hosts import evaluating
 
 __all__ = ["BaseTeacher", "divergence"]
 
@@ -52,7 +53,7 @@ class BaseTeacher:
     @torch.no_grad()
     def logits(self, tokens: Int[Tensor, "batch pos"], **kwargs: Any) -> Float[Tensor, "batch pos vocabulary"]:
         """Run the base in evaluation mode; `kwargs` go to the host. Everything is as before afterwards, whatever happens."""
-        with _evaluating(self.hooked), _uncached_autocast(), bypassed(self.hooked), self._in_place():
+        with evaluating(self.hooked), _uncached_autocast(), bypassed(self.hooked), self._in_place():
             logits: Tensor = self.hooked(tokens, return_type="logits", **kwargs)
         return logits
 
@@ -76,18 +77,6 @@ def divergence(base: Float[Tensor, "n vocabulary"], model: Float[Tensor, "n voca
     tensor(0.1201)
     """
     return kl_div(model.float().log_softmax(-1), base.float().log_softmax(-1), reduction="sum", log_target=True)
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Switch dropout off, and afterwards on where it was on: a module that the user keeps in evaluation mode stays in it."""
-    before = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
 
 
 @contextmanager

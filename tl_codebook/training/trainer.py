@@ -70,7 +70,9 @@ class CodebookTrainer(HostTrainer):
     2
     """
 
-    complete_with = (_STATE, TRAINER_STATE_NAME)
+    kind_of_run = "a codebook run"
+    keeps_codes = True
+    complete_with = (MANIFEST, _STATE, TRAINER_STATE_NAME)
 
     def __init__(
         self,
@@ -245,12 +247,8 @@ class CodebookTrainer(HostTrainer):
         return ({} if teacher is None else {"base": teacher.digest}) | {"config": config} | super()._run()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        if not (folder / MANIFEST).is_file() or not (folder / _STATE).is_file():
-            raise CheckpointError(
-                f"{folder} is no complete checkpoint of a codebook run. Give a checkpoint-<step> folder of the output directory."
-            )
-        about = files.read_json(folder / _STATE)
+        folder = self._opened(resume_from_checkpoint)
+        about = files.read_json(folder / _STATE, again="Resume from an earlier checkpoint.")
         if about.get("format_version") != 1 or not isinstance(about.get("run"), dict) or "counts" not in about:
             raise CheckpointError(f"{folder / _STATE} is of a format that is not read. Resume with the release that wrote it.")
         then = about["run"]

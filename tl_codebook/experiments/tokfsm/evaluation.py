@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from tl_codebook.attachment import sites
 from tl_codebook.contexts import count_usage
 from tl_codebook.experiments.tokfsm.automaton import majority_states, read_automaton, score_edges
 from tl_codebook.experiments.tokfsm.concepts import (
+    ChosenCodes,
     CodeTable,
     LabelScores,
     choose_codes,
@@ -32,7 +32,7 @@ from tl_codebook.experiments.tokfsm.inputs import attainable_inputs, dead_of_att
 from tl_codebook.experiments.tokfsm.machine import TokFSM
 from tl_codebook.experiments.tokfsm.neurons import best_neurons, score_neurons
 from tl_codebook.experiments.tokfsm.setting import TokFSMSetting
-from tl_codebook.experiments.tokfsm.stages import held_out_rows
+from tl_codebook.experiments.tokfsm.stages import held_out_rows, sample_rows
 from tl_codebook.experiments.tokfsm.text_of_model import (
     first_transitions,
     loss_over_bayes,
@@ -49,8 +49,10 @@ __all__ = ["collect_at", "evaluate_base", "evaluate_codes"]
 
 RECALLS = {"recall > 1 %": 0.01, "recall >= 95 %": 0.95 - 1e-9}
 """The paper's floor under the recall of a state code, and ours."""
-MIN_SHARE = 0.02
-"""Of the transitions of a state: those seen more rarely are no edge of the automaton read from the codes."""
+EDGE_SHARE = 0.2
+"""Of what each edge of a state gets: transitions seen more rarely are no edge of the automaton read from the codes."""
+DICTIONARY_ROWS = 2000
+"""Rows that a TopK dictionary learns from."""
 
 
 def evaluate_base(model: Any, setting: TokFSMSetting, *, seed: int = 0) -> dict[str, Any]:
@@ -82,7 +84,8 @@ def evaluate_codes(model: Any, setting: TokFSMSetting, *, seed: int = 0, base: A
     ``dead``               per site and group: codes in use, codes that the inputs could bring to use, perplexity
     ``state_codes``        precision and recall of the best code for each state (MLP sites), for each floor of `RECALLS`,
                            beside the best neuron at the same recall and a TopK dictionary of the same size
-    ``decode``             per MLP site: accuracy of reading the state off the one code; codes that a state takes
+    ``decode``             per MLP site: accuracy of reading the state off the first code; codes that a state takes
+    ``best_site``          where that is most accurate on the first half
     ``purity``             per MLP site: codes that stand for one state (bigram), or one state and the digit after it (trigram)
     ``automaton``          edges read from the codes of the best site
     ``forcing``            `state_forcing`
@@ -113,12 +116,14 @@ def evaluate_codes(model: Any, setting: TokFSMSetting, *, seed: int = 0, base: A
         {name: code_table(ids[name][part], labels[part], n_codes[name], machine.n_states) for name in mlp}
         for part in (slice(0, half), slice(half, None))
     ]
-    result["state_codes"] = _state_codes(halves)
+    chosen = {name: choose_codes(halves[0], floor) for name, floor in RECALLS.items()}
+    result["state_codes"] = {name: _summary(score_codes(codes, halves[1])) for name, codes in chosen.items()}
     bar.update()
     neurons = base if base is not None else model
-    result["state_codes"]["controls"] = _controls(neurons, setting, rows, labels, halves, mlp, n_codes, seed)
+    result["state_codes"]["controls"] = _controls(model, neurons, setting, rows, labels, chosen, mlp, n_codes, seed)
     bar.update()
-    result["decode"], best = _decode(halves, setting.k)
+    result["decode"], best = _decode(ids, labels, half, {name: n_codes[name] for name in mlp}, machine.n_states)
+    result["best_site"] = str(Address.parse(best))
     result["purity"] = _purity(model, machine, mlp)
     result["automaton"] = _automaton(machine, ids[best], labels, half, n_codes[best]) | {"site": str(Address.parse(best))}
     bar.update()
@@ -132,23 +137,10 @@ def evaluate_codes(model: Any, setting: TokFSMSetting, *, seed: int = 0, base: A
         for label, figures in forced.items()
     }
     bar.update()
-    result["demonstration"] = _demonstration(model, machine, codes, mlp)
+    result["demonstration"] = _demonstration(model, machine, codes)
     bar.update()
     bar.close()
     return result
-
-
-@contextmanager
-def _capturing(hooks: Mapping[str, str]) -> Iterator[tuple[dict[str, list[Tensor]], list[Any]]]:
-    found: dict[str, list[Tensor]] = {key: [] for key in hooks}
-
-    def keep(key: str) -> Any:
-        def hook(value: Tensor, hook: Any) -> None:
-            found[key].append(value.detach().cpu())
-
-        return hook
-
-    yield found, [(name, keep(key)) for key, name in hooks.items()]
 
 
 def collect_at(model: Any, tokens: Int[Tensor, "sequence pos"], hooks: Mapping[str, str], batch_size: int = 100) -> dict[str, Tensor]:
@@ -157,9 +149,16 @@ def collect_at(model: Any, tokens: Int[Tensor, "sequence pos"], hooks: Mapping[s
     >>> collect_at(model, torch.tensor([[1, 2, 3]]), {"middle": "blocks.1.hook_resid_pre"})["middle"].shape
     torch.Size([1, 3, 32])
     """
-    with _capturing(hooks) as (found, pairs):
-        for _ in run_batches(model, tokens, batch_size, pairs):
-            pass
+    found: dict[str, list[Tensor]] = {key: [] for key in hooks}
+
+    def keep(key: str) -> Any:
+        def hook(value: Tensor, hook: Any) -> None:
+            found[key].append(value.detach().cpu())
+
+        return hook
+
+    for _ in run_batches(model, tokens, batch_size, [(name, keep(key)) for key, name in hooks.items()]):
+        pass
     return {key: torch.cat(parts) for key, parts in found.items()}
 
 
@@ -167,50 +166,52 @@ def _dead(dead: Mapping[str, Any]) -> dict[str, Any]:
     by_site = {
         str(Address.parse(name)): {field: value.tolist() for field, value in figures._asdict().items()} for name, figures in dead.items()
     }
-    used = sum(sum(site["used"]) for site in by_site.values())
-    attainable = sum(sum(site["attainable"]) for site in by_site.values())
-    return {"share": max(0.0, 1 - used / attainable), "used": used, "attainable": attainable, "sites": by_site}
+    pairs = [pair for site in by_site.values() for pair in zip(site["used"], site["attainable"], strict=True)]
+    # With k > 1 a group can use more codes than it has inputs; that must not make up for dead codes elsewhere.
+    used, attainable = sum(min(pair) for pair in pairs), sum(possible for _, possible in pairs)
+    return {"share": 1 - used / attainable, "used": used, "attainable": attainable, "sites": by_site}
 
 
 def _summary(scores: LabelScores) -> dict[str, float]:
     return scores.summary()._asdict()
 
 
-def _state_codes(halves: list[dict[str, CodeTable]]) -> dict[str, Any]:
-    return {name: _summary(score_codes(choose_codes(halves[0], floor), halves[1])) for name, floor in RECALLS.items()}
-
-
 def _controls(
     model: Any,
+    base: Any,
     setting: TokFSMSetting,
     rows: Tensor,
     labels: Tensor,
-    halves: list[dict[str, CodeTable]],
+    chosen: Mapping[str, ChosenCodes],
     mlp: list[str],
     n_codes: Mapping[str, int],
     seed: int,
 ) -> dict[str, Any]:
-    """Score the best neurons at the codes' recall, and dictionaries of as many latents and the same k, trained on the first half."""
+    """Score the best neurons at the codes' recall, and dictionaries with as many latents and the same k on what the codes see.
+
+    Neurons and latents are chosen on the first half of the rows and scored on the second, as codes are. The dictionaries are trained on
+    rows of their own.
+    """
     result: dict[str, Any] = {}
-    half = len(rows) // 2
-    flat = [labels[:half].flatten(), labels[half:].flatten()]
-    activations = _neurons(model, rows)
-    parts = [activations[:half].flatten(0, 1), activations[half:].flatten(0, 1)]
+    halves = (slice(0, len(rows) // 2), slice(len(rows) // 2, None))
+    activations = _neurons(base, rows)
+    parts = [(activations[half].flatten(0, 1), labels[half].flatten()) for half in halves]
     for name, floor in RECALLS.items():
-        chosen = choose_codes(halves[0], floor)
-        neurons = best_neurons(parts[0], flat[0], chosen.recall.clamp(min=floor))
-        result[f"best neuron, {name}"] = _summary(score_neurons(neurons, parts[1], flat[1]))
+        neurons = best_neurons(*parts[0], chosen[name].recall.clamp(min=floor))
+        result[f"best neuron, {name}"] = _summary(score_neurons(neurons, *parts[1]))
     result["neurons"] = activations.shape[-1]
     del activations, parts
-    with_books = bool(sites(model))
-    inputs = collect_at(model, rows, {name: input_hook(name) if with_books else name for name in mlp})
+    inputs = {name: input_hook(name) for name in mlp}
+    train = collect_at(model, sample_rows(setting, "dictionary", DICTIONARY_ROWS, seed), inputs)
+    seen = collect_at(model, rows, inputs)
     tables: list[dict[str, CodeTable]] = [{}, {}]
-    for name, x in inputs.items():
-        train = x[:half].flatten(0, 1)
-        dictionary = train_topk_dictionary(train, n_codes[name], setting.k, steps=setting.dictionary_steps, seed=seed)
-        ids = dictionary.encode(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-        for table, part in zip(tables, (slice(0, half), slice(half, None)), strict=True):
-            table[name] = code_table(ids[part], labels[part], n_codes[name], setting.n_states)
+    for name in mlp:
+        dictionary = train_topk_dictionary(
+            train.pop(name).flatten(0, 1), n_codes[name], setting.k, steps=setting.dictionary_steps, seed=seed
+        )
+        ids = dictionary.encode(seen[name].flatten(0, 1)).unflatten(0, rows.shape)
+        for table, half in zip(tables, halves, strict=True):
+            table[name] = code_table(ids[half], labels[half], n_codes[name], setting.n_states)
     for name, floor in RECALLS.items():
         result[f"TopK dictionary, {name}"] = _summary(score_codes(choose_codes(tables[0], floor), tables[1]))
     return result
@@ -227,20 +228,22 @@ def _neurons(model: Any, rows: Tensor) -> Float[Tensor, "sequence pos neuron"]:
     return torch.cat([value.flatten(2) for value in found.values()], dim=-1)
 
 
-def _decode(halves: list[dict[str, CodeTable]], k: int) -> tuple[dict[str, Any], str]:
-    """Return the figures of each MLP site, and the site at which the state is read best."""
+def _decode(ids: Mapping[str, Tensor], labels: Tensor, half: int, n_codes: Mapping[str, int], n_states: int) -> tuple[dict[str, Any], str]:
+    """Return the figures of the first code of each MLP site, and the site at which, on the first half, the state is read best."""
     figures: dict[str, dict[str, Any]] = {}
-    for name in halves[0]:
-        if k == 1:
-            accuracy = decode_accuracy(halves[0][name], halves[1][name])
-            needed = codes_per_concept(halves[1][name])
-            occurring = needed[needed > 0].double()
-            figures[name] = {"accuracy": float(accuracy.max()), "codes_per_state": float(occurring.mean()) if len(occurring) else None}
-        else:
-            best = _summary(score_codes(choose_codes(halves[0][name], RECALLS["recall > 1 %"]), halves[1][name]))
-            figures[name] = {"accuracy": best["precision"] * best["recall"], "codes_per_state": None}
-    best_site = max(figures, key=lambda name: figures[name]["accuracy"])
-    return {str(Address.parse(name)): value for name, value in figures.items()}, best_site
+    chosen: dict[str, float] = {}
+    for name, size in n_codes.items():
+        first = ids[name][..., :1]
+        learnt, scored = (code_table(first[part], labels[part], size, n_states) for part in (slice(0, half), slice(half, None)))
+        chosen[name] = float(decode_accuracy(learnt, learnt).max())
+        needed = codes_per_concept(scored)
+        occurring = needed[needed > 0].double()
+        figures[name] = {
+            "accuracy": float(decode_accuracy(learnt, scored).max()),
+            "codes_per_state": float(occurring.mean()) if len(occurring) else None,
+        }
+    best = max(chosen, key=lambda name: chosen[name])
+    return {str(Address.parse(name)): value for name, value in figures.items()}, best
 
 
 def _purity(model: Any, machine: TokFSM, mlp: list[str]) -> dict[str, Any]:
@@ -263,21 +266,28 @@ def _automaton(machine: TokFSM, ids: Tensor, labels: Tensor, half: int, n_codes:
     at_states, states = ids[:, digits::digits, 0], labels[:, digits::digits]
     meaning = majority_states(at_states[:half], states[:half], n_codes, machine.n_states)
     counts = read_automaton(at_states[half:], n_codes)
-    return score_edges(machine, counts, meaning, min_share=MIN_SHARE)._asdict() | {"min_share": MIN_SHARE}
+    min_share = EDGE_SHARE / int(machine.n_successors.max())
+    return score_edges(machine, counts, meaning, min_share=min_share)._asdict() | {"min_share": min_share}
 
 
-def _demonstration(model: Any, machine: TokFSM, codes: Mapping[str, Tensor], mlp: list[str]) -> dict[str, Any]:
-    """Take one state for another at all MLP sites, and read the next state before and after."""
-    source, target = 0, 1
+def _demonstration(model: Any, machine: TokFSM, codes: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Put the codes of one state in the place of another's at every site, and read the next state before and after.
+
+    The states are the first that can be reached, and of those the first with the fewest successors in common with it.
+    """
+    reached = machine.adjacency.any(0).nonzero().flatten()
+    source = int(reached[0])
+    common = (machine.adjacency[reached] & machine.adjacency[source]).sum(1)
+    target = int(reached[common.argmin()])
     row = write_tokens(machine, torch.tensor([[source]]), keep_last=True)
     pos = row.shape[1] - 1
-    hooks = [patch_codes(codes[name][target][None, None], name, pos=pos, source_pos=0) for name in mlp]
+    hooks = [patch_codes(codes[name][target][None, None], name, pos=pos, source_pos=0) for name in codes]
     before = next_state_probabilities(model, machine, row)[0]
     after = next_state_probabilities(model, machine, row, fwd_hooks=hooks)[0]
     return {
         "state": source,
         "forced": target,
-        "codes": {str(Address.parse(name)): codes[name][target].flatten().tolist() for name in mlp},
+        "codes": {str(Address.parse(name)): codes[name][target].flatten().tolist() for name in codes},
         "before": [round(value, 6) for value in before.tolist()],
         "after": [round(value, 6) for value in after.tolist()],
         "successors_of_state": machine.successors(source).tolist(),

@@ -44,6 +44,6 @@ def make_model(setting: TokFSMSetting, seed: int = 0, host: Literal["hooked", "b
         pad_token_id=machine.bos,
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPU's as well, and not put it back
         model = GPTNeoXForCausalLM(config)
     return load_hf(model, make_tokenizer(machine), host)

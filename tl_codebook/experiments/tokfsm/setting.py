@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -60,7 +61,7 @@ class TokFSMSetting:
     """Of the base's weights while the codes train."""
     adam_beta2: float = 0.99
     compiled: bool = False
-    """Train under `torch.compile`: about half as long again is saved on a CPU, where a C++ compiler is there."""
+    """Train under `torch.compile`, which needs a C++ compiler on a CPU."""
     training: CodebookTrainingConfig = field(default_factory=CodebookTrainingConfig)
     held_out_rows: int = 400
     """Rows that all figures are measured on; codes are chosen for concepts on the first half, and scored on the second."""
@@ -72,30 +73,48 @@ class TokFSMSetting:
     """Training steps of the TopK dictionaries that the codes are compared with."""
 
     def __post_init__(self) -> None:
-        machine = self.machine()  # checks states, edges and digits
-        machine.states_in_row(self.n_tokens)
         for name in ("n_layers", "d_model", "n_heads", "k", "batch_size", "code_steps", "forced_prefixes", "dictionary_steps"):
             self._check(name, 1)
-        self._check("base_steps", 0)
-        for name in ("held_out_rows", "sampled_rows"):
+        for name in ("n_states", "held_out_rows", "sampled_rows"):
             self._check(name, 2)
+        for name in ("n_edges", "base", "machine_seed", "n_tokens", "base_steps"):
+            self._check(name, 0)
+        machine = self.machine()  # checks edges and digits
+        if machine.states_in_row(self.n_tokens) < 3:
+            raise ConfigError(
+                f"n_tokens={self.n_tokens} was asked for, in which a model writes no two complete states after BOS. Give "
+                f"{3 * machine.n_digits} or more."
+            )
         if self.d_model % self.n_heads or self.d_model // self.n_heads % 2:
             raise ConfigError(
                 f"d_model={self.d_model} with n_heads={self.n_heads} was asked for, but each head gets an equal, even share (rotary). "
                 f"Give a multiple of {2 * self.n_heads}."
             )
-        if self.recipe not in RECIPES:
-            raise ConfigError(f"recipe={self.recipe!r} is not known. Choose one of {list(RECIPES)}.")
         for name in ("z_codes", "mlp_codes"):
             values = getattr(self, name)
-            if len(values) != self.n_layers:
-                raise ConfigError(f"{name} has {len(values)} numbers for {self.n_layers} layers. Give one for each layer.")
+            if not isinstance(values, tuple) or len(values) != self.n_layers:
+                raise ConfigError(f"{name}={values!r} was given for {self.n_layers} layers. Give a tuple of one number for each layer.")
+        for name, low, high in (("base_learning_rate", 0, math.inf), ("learning_rate", 0, math.inf), ("adam_beta2", -1e-9, 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not low < value < high:
+                raise ConfigError(f"{name}={value!r} was asked for. Give a number {'> 0' if high > 1 else 'from 0 to below 1'}.")
+        if not isinstance(self.compiled, bool) or not isinstance(self.training, CodebookTrainingConfig):
+            raise ConfigError(
+                f"compiled={self.compiled!r} and training={self.training!r:.80} were asked for. Give True or False, and a "
+                "CodebookTrainingConfig."
+            )
+        self._check_recipe()
         self.codebooks()  # checks codes and k
-        for name in ("base_learning_rate", "learning_rate"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name}={getattr(self, name)!r} was asked for. Give a number > 0.")
-        if not 0 <= self.adam_beta2 < 1:
-            raise ConfigError(f"adam_beta2={self.adam_beta2!r} was asked for. Give a number from 0 to below 1.")
+
+    def _check_recipe(self) -> None:
+        if self.recipe not in RECIPES:
+            raise ConfigError(f"recipe={self.recipe!r} is not known. Choose one of {list(RECIPES)}.")
+        if self.recipe == "default" and self.base_steps < 1:
+            raise ConfigError("base_steps=0 was asked for, and the recipe 'default' trains the base first. Give 1 or more.")
+        own = {"similarity": "euclidean", "input_norm": "none", "training": CodebookTrainingConfig()}
+        changed = [name for name, value in own.items() if getattr(self, name) != value]
+        if self.recipe == "paper" and changed:
+            raise ConfigError(f"{', '.join(changed)} and recipe='paper' were asked for, which has its own. Leave them out.")
 
     def _check(self, name: str, least: int) -> None:
         value = getattr(self, name)

@@ -15,7 +15,9 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from tl_codebook import files
 from tl_codebook.attachment import attach
+from tl_codebook.errors import TrainingError
 from tl_codebook.experiments.tokfsm.bayes import bayes_loss
 from tl_codebook.experiments.tokfsm.setting import TokFSMSetting
 from tl_codebook.experiments.tokfsm.tokens import make_rows, write_tokens
@@ -23,9 +25,9 @@ from tl_codebook.training.config import CodebookTrainingConfig
 from tl_codebook.training.host_trainer import HostTrainer
 from tl_codebook.training.trainer import CodebookTrainer
 
-__all__ = ["STREAMS", "StageFigures", "held_out_rows", "train_base_", "train_codes_"]
+__all__ = ["STREAMS", "StageFigures", "held_out_rows", "sample_rows", "train_base_", "train_codes_"]
 
-STREAMS = {"base": 1, "codes": 2, "held out": 3}
+STREAMS = {"base": 1, "codes": 2, "held out": 3, "dictionary": 4}
 """Numbers of the random streams of a seed; no two share a row but by chance."""
 _CHECKPOINTS = 10
 
@@ -36,11 +38,22 @@ class StageFigures(NamedTuple):
     steps: int
     tokens: int
     seconds: float
-    """Of this process; of a resumed stage the part after the interruption."""
+    """Of all parts of a resumed stage, each up to the checkpoint that the next began with."""
+    device: str
 
 
 def _stream(seed: int, name: str) -> np.random.Generator:
     return np.random.default_rng([seed, STREAMS[name]])
+
+
+def sample_rows(setting: TokFSMSetting, stream: str, n_rows: int, seed: int) -> Int[Tensor, "sequence pos"]:
+    """Sample rows of text from one of the random streams of a seed (`STREAMS`).
+
+    >>> sample_rows(TokFSMSetting.mini(), "dictionary", 3, seed=0).shape
+    torch.Size([3, 128])
+    """
+    machine = setting.machine()
+    return write_tokens(machine, machine.sample(n_rows, machine.states_in_row(setting.n_tokens), _stream(seed, stream)))
 
 
 def held_out_rows(setting: TokFSMSetting, seed: int) -> Int[Tensor, "sequence pos"]:
@@ -49,8 +62,7 @@ def held_out_rows(setting: TokFSMSetting, seed: int) -> Int[Tensor, "sequence po
     >>> held_out_rows(TokFSMSetting.mini(held_out_rows=2), seed=0).shape
     torch.Size([2, 128])
     """
-    machine = setting.machine()
-    return write_tokens(machine, machine.sample(setting.held_out_rows, machine.states_in_row(setting.n_tokens), _stream(seed, "held out")))
+    return sample_rows(setting, "held out", setting.held_out_rows, seed)
 
 
 def train_base_(
@@ -68,7 +80,7 @@ def train_base_(
 
     Raises:
         NonFiniteError: the loss is no number; the last checkpoint is untouched.
-        TrainingError: the folder holds a checkpoint of another run.
+        TrainingError: the folder holds checkpoints and `resume` is not set, or they are of another run.
     """
     data = _rows(setting, "base", seed)
     args = _arguments(setting, folder, setting.steps["base"], setting.base_learning_rate, seed)
@@ -82,7 +94,9 @@ def train_codes_(
 
     With the recipe ``default`` codes start by k-means on the model's activations; with ``paper`` from noise.
     """
-    attach(model, setting.codebooks())
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # the noise that codes start as, and stay as with the recipe `paper`
+        attach(model, setting.codebooks())
     data = _rows(setting, "codes", seed)
     rate = setting.learning_rate
     args = _arguments(setting, folder, setting.steps["codes"], rate, seed, constant=setting.recipe == "paper")
@@ -105,7 +119,7 @@ def _arguments(
         lr_scheduler_type="constant" if constant else "cosine",
         warmup_steps=0 if constant else min(100, steps // 10),
         weight_decay=0.0,
-        adam_beta2=setting.adam_beta2,
+        adam_beta2=0.999 if constant else setting.adam_beta2,
         max_grad_norm=1.0,
         seed=seed,
         report_to="none",
@@ -119,13 +133,36 @@ def _arguments(
 
 
 def _run(trainer: Any, setting: TokFSMSetting, stage: str, resume: bool, progress: bool) -> StageFigures:
+    if trainer.has_checkpoint() and not resume:
+        raise TrainingError(f"{trainer.args.output_dir} holds checkpoints of a run. Resume it (resume=True), or choose another folder.")
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_Bar(stage, bayes_loss(setting.machine(), setting.n_tokens), progress))
-    started = time.perf_counter()
-    state = trainer.train(resume_from_checkpoint=True if resume and trainer.has_checkpoint() else None)
+    clock = _Clock(Path(str(trainer.args.output_dir)) / "seconds.json")
+    trainer.add_callback(clock)
+    state = trainer.train(resume_from_checkpoint=True if trainer.has_checkpoint() else None)
     trainer.hooked.eval()
-    return StageFigures(state.global_step, state.global_step * setting.batch_size * setting.n_tokens, time.perf_counter() - started)
+    tokens = state.global_step * setting.batch_size * setting.n_tokens
+    return StageFigures(state.global_step, tokens, round(clock.seconds(), 1), str(trainer.args.device))
+
+
+class _Clock(TrainerCallback):
+    """Keeps the seconds that a stage took up to each checkpoint, so that those of a resumed one are those of all its parts."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.before, self.started = 0.0, time.perf_counter()
+
+    def seconds(self) -> float:
+        return self.before + time.perf_counter() - self.started
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        known = files.read_json(self.path) if state.global_step and self.path.is_file() else {}
+        self.before = float(known.get(str(state.global_step), 0.0))
+
+    def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        known = files.read_json(self.path) if self.path.is_file() else {}
+        files.replace_json(self.path, {**known, str(state.global_step): round(self.seconds(), 1)})
 
 
 class _Bar(TrainerCallback):

@@ -88,7 +88,7 @@ def figure_rows(results: Mapping[str, Any]) -> list[FigureRow]:
     """
     codes = results["codes"]
     forced = figure_at(codes, "forcing") or {}
-    decode = max((figure_at(codes, "decode") or {}).values(), key=lambda site: figure_at(site, "accuracy") or 0.0, default=None)
+    decode = figure_at(codes, "decode", figure_at(codes, "best_site") or "")
 
     def both(key: str, show: Callable[[Any], str], name: str, given: str, better: str = "up") -> FigureRow:
         return FigureRow(name, given, show(figure_at(results, "base", key)), show(figure_at(codes, key)), better)
@@ -109,7 +109,7 @@ def figure_rows(results: Mapping[str, Any]) -> list[FigureRow]:
         return _number(figure_at(forced, label, f"normalised_{to}"))
 
     one_mlp = _best(min, (figure_at(forced, label, "normalised_machine") for label in forced if label.endswith(".mlp_out")))
-    read_off = "state read off one code, best MLP" if figure_at(results, "setting", "k") == 1 else "best code, precision x recall, best MLP"
+    read_off = f"state read off {'one' if figure_at(results, 'setting', 'k') == 1 else 'the first'} code, best MLP"
     return [
         both("loss", _nats, "loss, nats per token", _number(_ANALYSED.loss), "down"),
         both("excess", _nats, "loss over Bayes", _number(_ANALYSED.loss - published.BAYES_LOSS), "down"),

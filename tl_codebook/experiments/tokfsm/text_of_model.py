@@ -14,7 +14,7 @@ from tl_codebook.errors import ConfigError, DataError, ShapeError
 from tl_codebook.experiments.tokfsm.bayes import bayes_predictions
 from tl_codebook.experiments.tokfsm.machine import TokFSM
 from tl_codebook.experiments.tokfsm.tokens import NO_STATE, check_tokens, read_states, write_tokens
-from tl_codebook.hosts import as_host, home_device, is_bridge
+from tl_codebook.hosts import as_host, evaluating, home_device, is_bridge
 from tl_codebook.steering import steer
 
 __all__ = ["ModelFigures", "first_transitions", "loss_over_bayes", "next_state_probabilities", "sample_text"]
@@ -84,20 +84,6 @@ def check_prefixes(machine: TokFSM, prefixes: Int[Tensor, "row pos"]) -> None:
         raise DataError(f"row {wrong[0]} ends in digits of no state of the machine ({machine.n_states} states). End it in a state.")
 
 
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Run a model in evaluation mode and without gradients, and leave each module in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
-    try:
-        for module, _ in modes:
-            module.training = False
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 def run_batches(
     model: Any,
     tokens: Int[Tensor, "row pos"],
@@ -117,7 +103,7 @@ def run_batches(
     for start in range(0, len(tokens), batch_size):
         rows = slice(start, min(start + batch_size, len(tokens)))
         here = hooks(torch.arange(rows.start, rows.stop)) if callable(hooks) else hooks
-        with evaluating(model):
+        with evaluating(model), torch.no_grad():
             if here:
                 with steer(model, here):  # unlike run_with_hooks, it raises where a hook does nothing
                     said = model(tokens[rows].to(device))
@@ -197,7 +183,12 @@ def sample_text(
     check_fits(model, machine, n_new + 1)
     device = home_device(model, "hook_embed")
     rows = []
-    with evaluating(model), _without_tokenizer(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with (
+        evaluating(model),
+        torch.no_grad(),
+        _without_tokenizer(model),
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+    ):
         torch.default_generator.manual_seed(seed)
         if device.type == "cuda":  # only the generators that are put back afterwards
             with torch.cuda.device(device):
