@@ -126,6 +126,30 @@ def test_killed_at_any_stage_it_resumes_to_the_same_weights(tmp_path, monkeypatc
     assert resumed["base"] == whole["base"]
 
 
+@pytest.mark.parametrize("stage", ["base", "codes"])
+def test_killed_after_the_last_step_of_a_stage_no_step_is_taken_twice(tmp_path, monkeypatch, stage):
+    """Trained to the end, and saved or not, but not yet noted as done."""
+    from tl_codebook.experiments.tokfsm import experiment
+
+    setting = tiny(base_steps=4, code_steps=4)
+    whole = run_experiment(setting, tmp_path / "whole", progress=False)
+    note = experiment._note
+
+    def note_or_die(folder, about, name, took):
+        if name == stage:
+            raise Killed
+        note(folder, about, name, took)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "_note", note_or_die)
+        with pytest.raises(Killed):
+            run_experiment(setting, tmp_path / "killed", progress=False)
+    resumed = run_experiment(setting, tmp_path / "killed", resume=True, progress=False)
+    assert {name: part["steps"] for name, part in resumed["stages"].items()} == {"base": 4, "codes": 4}
+    assert same(weights(load(tmp_path / "whole" / "model")), weights(load(tmp_path / "killed" / "model")))
+    assert (resumed["base"], resumed["codes"]) == (whole["base"], whole["codes"])
+
+
 def test_a_base_checkpoint_of_other_data_is_refused(tmp_path):
     setting = tiny()
     train_base_(make_model(setting), setting, tmp_path, seed=0, progress=False)

@@ -170,6 +170,20 @@ def test_the_best_model_comes_back(kind, tmp_path):
     assert_equal(weights_of(model), kept)
 
 
+@pytest.mark.parametrize("with_codes", [False, True], ids=["plain", "codes"])
+def test_a_run_that_had_taken_its_last_step_takes_no_other(kind, tmp_path, with_codes):
+    def trainer(model):
+        if with_codes:
+            return trainer_of(model, tmp_path, config=PLAIN, **SAVING)
+        return host_trainer_of(model, tmp_path, **SAVING)
+
+    model, other = (with_books(kind, "mlp_out") if with_codes else host_of(kind) for _ in range(2))
+    trainer(model).train()
+    again = trainer(other)
+    assert again.train(resume_from_checkpoint=True).global_step == again.state.global_step == 6
+    assert_equal(weights(again.hooked), weights(model))
+
+
 def test_a_killed_run_goes_on_bit_for_bit(kind, tmp_path):
     settings = SAVING | {"lr_scheduler_type": "cosine", "warmup_steps": 2}
     whole, resumed = host_of(kind), host_of(kind)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import TrainOutput
 
 from tl_codebook import files, hosts
 from tl_codebook.attachment import sites
@@ -123,11 +125,23 @@ class HostTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._last_complete()
         self._steps_then = None
+        if resume_from_checkpoint and (done := self._already_done(resume_from_checkpoint)):
+            return done
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         except NonFiniteError as error:
             kept = " The last checkpoint is untouched." if self.has_checkpoint() else ""
             raise NonFiniteError(f"step {self.state.global_step + 1}: {error}{kept}") from error
+
+    def _already_done(self, checkpoint: str) -> TrainOutput | None:
+        """Take over a checkpoint of the last step, after which `Trainer` would take one step more; None where there are steps left."""
+        folder = self._opened(checkpoint)
+        state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+        if not 0 < self.args.max_steps <= state.global_step:
+            return None
+        self._load_from_checkpoint(checkpoint)
+        self.state = state
+        return TrainOutput(state.global_step, 0.0, {})
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Take a step as `Trainer` does; stop where loss or gradients are no numbers, before the optimiser spreads them."""

@@ -71,7 +71,7 @@ def run_experiment(
     if "base" in setting.steps:
         model = make_model(setting, seed, host)
         _base(model, setting, folder, about, seed=seed, progress=progress)
-        model.to("cpu")
+        model.to("cpu", print_details=False)
         figures["base"] = evaluate_base(model, setting, seed=seed)
     if "codes" in about["stages"] and (folder / "model" / MANIFEST).is_file():
         model = load(folder / "model")
@@ -84,7 +84,7 @@ def run_experiment(
     if "base" in setting.steps:  # that of the codebook model has been trained on
         base = make_model(setting, seed, host)
         restore_base_(base, folder / "base")
-    model.to("cpu")  # text is sampled on one device, so that a resumed run has the same figures
+    model.to("cpu", print_details=False)  # text is sampled on one device, so that a resumed run has the same figures
     figures["codes"] = evaluate_codes(model, setting, seed=seed, base=base, progress=progress)
     tokens = sum(stage["tokens"] for stage in about["stages"].values())
     device = torch.device(about["stages"]["codes"]["device"])

@@ -141,6 +141,8 @@ def _run(trainer: Any, setting: TokFSMSetting, stage: str, resume: bool, progres
     clock = _Clock(Path(str(trainer.args.output_dir)) / "seconds.json")
     trainer.add_callback(clock)
     state = trainer.train(resume_from_checkpoint=True if trainer.has_checkpoint() else None)
+    if not clock.begun:  # all steps had been taken already
+        clock.go_on_from(state.global_step)
     trainer.hooked.eval()
     tokens = state.global_step * setting.batch_size * setting.n_tokens
     return StageFigures(state.global_step, tokens, round(clock.seconds(), 1), str(trainer.args.device))
@@ -151,14 +153,18 @@ class _Clock(TrainerCallback):
 
     def __init__(self, path: Path):
         self.path = path
-        self.before, self.started = 0.0, time.perf_counter()
+        self.before, self.started, self.begun = 0.0, time.perf_counter(), False
 
     def seconds(self) -> float:
         return self.before + time.perf_counter() - self.started
 
+    def go_on_from(self, step: int) -> None:
+        known = files.read_json(self.path) if step and self.path.is_file() else {}
+        self.before = float(known.get(str(step), 0.0))
+
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        known = files.read_json(self.path) if state.global_step and self.path.is_file() else {}
-        self.before = float(known.get(str(state.global_step), 0.0))
+        self.begun = True
+        self.go_on_from(state.global_step)
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         known = files.read_json(self.path) if self.path.is_file() else {}
