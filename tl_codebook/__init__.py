@@ -5,8 +5,9 @@ Importing this package imports neither TransformerLens nor torch: each name is l
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from tl_codebook.lazy import loaded_on_use
 
 if TYPE_CHECKING:
     from tl_codebook.attachment import attach, detach, refresh, sites
@@ -87,14 +88,4 @@ __all__ = [
     "swap_codes",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'tl_codebook' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"tl_codebook.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))
+__getattr__, __dir__ = loaded_on_use(__name__, _HOME, globals())

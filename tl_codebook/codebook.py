@@ -16,7 +16,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tl_codebook.errors import ConfigError, NonFiniteError, ShapeError
+from tl_codebook.errors import ConfigError, NonFiniteError, ShapeError, check_whole
 from tl_codebook.snap import decode, select, snap, through
 from tl_codebook.usage import Usage
 
@@ -63,8 +63,7 @@ class CodebookConfig:
             value = getattr(self, field)
             if value is None and field == "n_groups":
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{field}={value!r} was asked for. Give a whole number >= 1.")
+            check_whole(field, value, 1)
         if self.k > self.n_codes:
             raise ConfigError(f"k={self.k} codes were asked for, but there are n_codes={self.n_codes}. Give k <= n_codes.")
         for field, known in _CHOICES.items():
@@ -144,8 +143,7 @@ class Codebook(nn.Module):
         self.d_in = d_in
         self.config = config if config.n_groups is not None else config.with_groups(1)
         n_groups = self.n_groups
-        if isinstance(d_in, bool) or not isinstance(d_in, int) or d_in < 1:
-            raise ConfigError(f"d_in={d_in!r} was asked for. Give a whole number >= 1.")
+        check_whole("d_in", d_in, 1)
         if d_in % n_groups:
             near = sorted((d for d in range(1, d_in + 1) if d_in % d == 0), key=lambda d: abs(d - n_groups))[:2]
             raise ConfigError(

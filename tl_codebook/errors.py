@@ -45,6 +45,7 @@ __all__ = [
     "ShapeError",
     "TrainingError",
     "UnknownHookError",
+    "check_whole",
     "nearest",
 ]
 
@@ -131,3 +132,15 @@ def nearest(asked: str, known: Iterable[str], n: int = 3) -> str:
     if not close:
         return ""
     return "Did you mean " + " or ".join(repr(name) for name in close) + "? "
+
+
+def check_whole(name: str, value: object, least: int) -> None:
+    """Raise unless a value is a whole number, `least` or more; a bool is none.
+
+    Raises:
+        ConfigError: it is not.
+
+    >>> check_whole("k", 8, least=1)
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name}={value!r} was asked for. Give a whole number >= {least}.")

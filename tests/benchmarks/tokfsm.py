@@ -1,7 +1,7 @@
 """The README's table of the machine whose states are known, from the committed figures of ``tl-codebook tokfsm``.
 
 python -m tests.benchmarks.tokfsm --preset paper --seed 0    # runs, hours on a CPU, and writes results/tokfsm_paper_seed0.json
-python -m tests.benchmarks.tokfsm --model demos/tokfsm       # keeps the model of that run, in half precision, for the demo
+python -m tests.benchmarks.tokfsm --preset paper --seed 0 --model demos/tokfsm    # also keeps the model of that run, for the demo
 python -m tests.benchmarks.tokfsm --table                    # prints the table from all committed figures
 """
 
@@ -30,18 +30,18 @@ def table() -> str:
     presets = {"paper": "100 states, 10 successors", "mini": "20 states, 4 successors"}
     runs = {preset: committed(preset) for preset in presets}
     runs = {preset: results for preset, results in runs.items() if results}
-    columns = [(preset, i, results) for preset, several in runs.items() for i, results in enumerate(several)]
+    columns = [(preset, results) for preset, several in runs.items() for results in several]
     head = ["", "published, 100 states"]
-    for preset, _, results in columns:
+    for preset, results in columns:
         head += [f"{presets[preset]}: no codes", f"codes, seed {results['seed']}"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for rows in zip(*(figure_rows(results) for _, _, results in columns), strict=True):
+    for rows in zip(*(figure_rows(results) for _, results in columns), strict=True):
         cells = [rows[0].name.strip(), rows[0].published]
         for row in rows:
             cells += [row.base, f"**{row.codes}**" if row.codes else ""]
         lines.append(f"| {' | '.join(cells)} |")
     lines.append("")
-    for preset, _, results in columns:
+    for preset, results in columns:
         at, stages = results["where"], results["stages"]
         seconds = sum(stage["seconds"] for stage in stages.values())
         steps = " and ".join(f"{stage['steps']:,} steps ({name})" for name, stage in stages.items())

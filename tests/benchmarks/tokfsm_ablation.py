@@ -86,7 +86,7 @@ def run(name: str, seed: int, folder: Path) -> dict:
     took = train_codes_(model, setting, folder / f"training-{name}-{seed}", seed=seed)
     figures = evaluate_codes(model, setting, seed=seed, progress=False)
     figures["state_codes"].pop("controls")  # of a dictionary that was hardly trained
-    keep = ("excess", "accuracy", "valid_transitions", "dead", "state_codes", "decode", "purity", "automaton", "forcing")
+    keep = ("excess", "accuracy", "valid_transitions", "dead", "state_codes", "decode", "best_site", "purity", "automaton", "forcing")
     result = {"variant": name, "seed": seed, "base": base, "stage": took._asdict(), "codes": {key: figures[key] for key in keep}}
     result["where"] = where(torch.device(took.device), torch.get_num_threads())
     return result | ({"state_codes": codes_of_states(model, setting, figures["automaton"]["site"])} if name == "default" else {})
@@ -124,6 +124,7 @@ def table(results: dict) -> str:
     seeds = sorted({row["seed"] for row in runs})
     head = (
         "20 states, z and mlp_out, k=1: mean (least to greatest)",
+        "seeds",
         "loss over Bayes",
         "valid transitions",
         "dead codes",
@@ -136,7 +137,7 @@ def table(results: dict) -> str:
     for name, (what, _, _) in VARIANTS.items():
         codes = [row["codes"] for row in runs if row["variant"] == name]
         if codes:
-            decode = [max(site["accuracy"] for site in figures["decode"].values()) for figures in codes]
+            decode = [figures["decode"][figures["best_site"]]["accuracy"] for figures in codes]
             cells = (spread([figures["excess"] for figures in codes]), percents([figures["valid_transitions"] for figures in codes]))
             dead = percents([figures["dead"]["share"] for figures in codes])
             lines.append(f"| {what} | {len(codes)} | {cells[0]} | {cells[1]} | {dead} | {percents(decode)} |")

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from tests.hosts.training import assert_equal, weights
 from tests.tiny import HOSTS
 from tl_codebook import load, sites
 from tl_codebook.errors import ConfigError, NonFiniteError, TrainingError
@@ -40,14 +41,6 @@ def tiny(**changes) -> TokFSMSetting:
         training=CodebookTrainingConfig(revive_every=3, init_tokens=256),
     )
     return TokFSMSetting.mini(**settings | changes)
-
-
-def weights(model) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in model.named_parameters()}
-
-
-def same(one, two) -> bool:
-    return set(one) == set(two) and all(torch.equal(one[name], two[name]) for name in one)
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -120,7 +113,7 @@ def test_killed_at_any_stage_it_resumes_to_the_same_weights(tmp_path, monkeypatc
         with pytest.raises(Killed):
             run_experiment(setting, tmp_path / "killed", progress=False)
     resumed = run_experiment(setting, tmp_path / "killed", resume=True, progress=False)
-    assert same(weights(load(tmp_path / "whole" / "model")), weights(load(tmp_path / "killed" / "model")))
+    assert_equal(weights(load(tmp_path / "whole" / "model")), weights(load(tmp_path / "killed" / "model")))
     whole = json.loads((tmp_path / "whole" / RESULTS).read_text())
     assert resumed["codes"] == whole["codes"]
     assert resumed["base"] == whole["base"]
@@ -146,7 +139,7 @@ def test_killed_after_the_last_step_of_a_stage_no_step_is_taken_twice(tmp_path, 
             run_experiment(setting, tmp_path / "killed", progress=False)
     resumed = run_experiment(setting, tmp_path / "killed", resume=True, progress=False)
     assert {name: part["steps"] for name, part in resumed["stages"].items()} == {"base": 4, "codes": 4}
-    assert same(weights(load(tmp_path / "whole" / "model")), weights(load(tmp_path / "killed" / "model")))
+    assert_equal(weights(load(tmp_path / "whole" / "model")), weights(load(tmp_path / "killed" / "model")))
     assert (resumed["base"], resumed["codes"]) == (whole["base"], whole["codes"])
 
 
@@ -202,17 +195,15 @@ def test_the_seed_decides_the_noise_that_codes_start_as(tmp_path):
 
 
 def test_the_seconds_of_a_resumed_stage_are_those_of_all_its_parts(tmp_path, monkeypatch):
-    import json as files
-
     setting = tiny()
     with monkeypatch.context() as patch:
         stop_at(patch, "HostTrainer", 7)
         with pytest.raises(Killed):
             run_experiment(setting, tmp_path / "run", progress=False)
     kept = tmp_path / "run" / "training" / "base" / "seconds.json"
-    known = files.loads(kept.read_text())
+    known = json.loads(kept.read_text())
     assert set(known) == {"2", "4", "6"}
-    kept.write_text(files.dumps({**known, "6": 1000.0}))
+    kept.write_text(json.dumps({**known, "6": 1000.0}))
     results = run_experiment(setting, tmp_path / "run", resume=True, progress=False)
     assert 1000 < results["stages"]["base"]["seconds"] < 1100
     assert results["stages"]["codes"]["seconds"] < 100

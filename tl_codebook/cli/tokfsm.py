@@ -45,6 +45,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--host", choices=["hooked", "bridge"], help="HookedTransformer where TransformerLens has it, by default.")
     add("--base_steps", type=int, help="Steps without codebooks; by default those of the preset.")
     add("--code_steps", type=int, help="Steps with codebooks; by default those of the preset.")
-    add("--batch_size", type=int, help="Rows of a step; 64 by default.")
+    add("--batch_size", type=int, help="Rows of a step; by default those of the preset.")
     add("--quiet", action="store_true", help="No progress bars.")
     return parser

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from tl_codebook.errors import ConfigError
+from tl_codebook.errors import ConfigError, check_whole
 from tl_codebook.snap.gradients import ESTIMATORS
 
 __all__ = ["CodebookTrainingConfig"]
@@ -85,9 +85,7 @@ class CodebookTrainingConfig:
             if not (isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")):
                 raise ConfigError(f"{name}={value!r} was asked for. Give a number >= 0.")
         for name, least in (("init_tokens", 1), ("init_iterations", 1), ("revive_every", 0), ("ramp_steps", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ConfigError(f"{name}={value!r} was asked for. Give a whole number >= {least}.")
+            check_whole(name, getattr(self, name), least)
         for name in ("freeze_base", "per_dimension", "lm_gradient_to_codes", "log_sites"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} was asked for. Give True or False.")

@@ -137,6 +137,7 @@ class HostTrainer(Trainer):
         """Take over a checkpoint of the last step, after which `Trainer` would take one step more; None where there are steps left."""
         folder = self._opened(checkpoint)
         state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+        self._steps_then = state.max_steps
         if not 0 < self.args.max_steps <= state.global_step:
             return None
         self._load_from_checkpoint(checkpoint)
@@ -277,7 +278,7 @@ class HostTrainer(Trainer):
         restore_base_(self.hooked, folder, again="Resume from an earlier checkpoint.")
 
     def _opened(self, folder: str) -> Path:
-        """Return the path of a checkpoint to resume from, complete and with the length of its run noted.
+        """Return the path of a checkpoint to resume from, which is complete.
 
         Raises:
             CheckpointError: it was not written to its end, or is damaged.
@@ -289,7 +290,6 @@ class HostTrainer(Trainer):
                 f"{path} is no complete checkpoint of {self.kind_of_run}: {reason}. Give another checkpoint-<step> folder of the output "
                 "directory."
             )
-        self._steps_then = json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8")).get("max_steps")
         return path
 
     def _load_best_model(self) -> None:

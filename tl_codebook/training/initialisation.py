@@ -26,7 +26,7 @@ from tl_codebook.snap import decode, select
 
 __all__ = ["collect_inputs", "fit_codes", "initialise_codes_", "kmeans", "spread_centres", "stage_sizes"]
 
-_DRAWS = 1024
+_DRAWS = 1024  # of centres, before several are drawn at a time
 _ROUNDING = 1e-6  # |x|^2 - 2xc + |c|^2 of two equal vectors is this small, not 0
 _BYTES_AT_ONCE = 2**30  # activations held at a time; more sites than fit take more passes over the tokens
 
@@ -75,8 +75,9 @@ def spread_centres(
         noise = torch.randn(new.shape, generator=generator).to(x.device) if bool(all_taken.any()) else 0.0
         new = new + all_taken.unsqueeze(-1) * (1e-3 * x.std(unbiased=False) * noise)
         centres[:, done : done + m] = new
-        size = squares + new.square().sum(-1).amax(-1, keepdim=True)
-        distance = (squares.unsqueeze(-1) + new.square().sum(-1).unsqueeze(-2) - 2 * grouped @ new.transpose(-1, -2)).amin(-1)
+        lengths = new.square().sum(-1)
+        size = squares + lengths.amax(-1, keepdim=True)
+        distance = (squares.unsqueeze(-1) + lengths.unsqueeze(-2) - 2 * grouped @ new.transpose(-1, -2)).amin(-1)
         nearest = torch.minimum(nearest, distance.where(distance > _ROUNDING * size, 0.0))
         done += m
     return centres

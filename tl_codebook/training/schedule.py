@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,7 +41,7 @@ def strength_at_step(step: int, ramp_steps: int) -> float:
     return 1.0 if step >= ramp_steps else step / ramp_steps
 
 
-class Schedule:
+class Schedule(ABC):
     """Sets an attribute of the codebooks of a host, step by step; off where the configuration asks for no change."""
 
     name: str
@@ -54,13 +55,13 @@ class Schedule:
         self.books: list[Codebook] = [point.codebook for point in sites(model).values()]
 
     @property
+    @abstractmethod
     def on(self) -> bool:
         """Tell whether the configuration asks for a change."""
-        raise NotImplementedError
 
+    @abstractmethod
     def at(self, step: int) -> Sequence[float]:
         """Return the value for every codebook at a step, counted from 0."""
-        raise NotImplementedError
 
     def set_(self, step: int) -> None:
         """Give the codebooks the values of a step, counted from 0."""

@@ -5,8 +5,9 @@ Source: Tamkin et al. 2023, section 3 (the TokFSM data set and experiments).
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from tl_codebook.lazy import loaded_on_use
 
 if TYPE_CHECKING:
     from tl_codebook.experiments.tokfsm.agreement import adjusted_mutual_information, matched_agreement
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
         state_labels,
     )
     from tl_codebook.experiments.tokfsm.dictionary import TopKDictionary, train_topk_dictionary
-    from tl_codebook.experiments.tokfsm.evaluation import collect_at, evaluate_base, evaluate_codes
+    from tl_codebook.experiments.tokfsm.evaluation import evaluate_base, evaluate_codes
     from tl_codebook.experiments.tokfsm.experiment import run_experiment
     from tl_codebook.experiments.tokfsm.forcing import ForcingFigures, force_states, jensen_shannon, site_sets, state_codes, state_forcing
     from tl_codebook.experiments.tokfsm.inputs import DeadCodes, attainable_inputs, dead_of_attainable
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from tl_codebook.experiments.tokfsm.tables import demonstration_text, figure_rows, figure_table
     from tl_codebook.experiments.tokfsm.text_of_model import (
         ModelFigures,
+        collect_at,
         first_transitions,
         loss_over_bayes,
         next_state_probabilities,
@@ -76,7 +78,7 @@ _HOME = {
     "choose_codes": "concepts",
     "code_table": "concepts",
     "codes_per_concept": "concepts",
-    "collect_at": "evaluation",
+    "collect_at": "text_of_model",
     "dead_of_attainable": "inputs",
     "decode_accuracy": "concepts",
     "demonstration_text": "tables",
@@ -191,15 +193,5 @@ __all__ = [
     "write_tokens",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    # The machine and its exact figures need torch alone; what trains models brings Trainer and datasets with it.
-    if name not in _HOME:
-        raise AttributeError(f"module 'tl_codebook.experiments.tokfsm' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"tl_codebook.experiments.tokfsm.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))
+# The machine and its exact figures need torch alone; what trains models brings Trainer and datasets with it.
+__getattr__, __dir__ = loaded_on_use(__name__, _HOME, globals())

@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_codebook.errors import ConfigError, DataError, ShapeError
-from tl_codebook.experiments.tokfsm.machine import TokFSM
+from tl_codebook.experiments.tokfsm.machine import TokFSM, check_range
 
 __all__ = ["EdgeScores", "majority_states", "read_automaton", "score_edges"]
 
@@ -25,9 +25,16 @@ class EdgeScores(NamedTuple):
     """Harmonic mean of the two; 0 where both are 0."""
 
 
-def _check(word: str, values: Tensor, n_values: int) -> None:
-    if n_values < 1:
-        raise ConfigError(f"n_{word}s={n_values} was asked for, but a {word} is one of them. Give 1 or more.")
+def check_values(word: str, values: Tensor, n_values: int) -> None:
+    """Raise unless there are values (labels, states) of a kind, and each is one of them or, below 0, none.
+
+    Raises:
+        ConfigError: fewer than one value.
+        DataError: a value that is not one of them.
+
+    >>> check_values("label", torch.tensor([0, -1, 1]), 2)
+    """
+    check_range(f"n_{word}s", n_values, 1, None, f"a {word} is one of them")
     wrong = values[values >= n_values]
     if wrong.numel():
         raise DataError(f"{word} {int(wrong[0])} was given, but there are {n_values} {word}s. Give 0 to {n_values - 1}, or -1 for none.")
@@ -54,7 +61,7 @@ def read_automaton(labels: Int[Tensor, "sequence step"], n_labels: int) -> Int[T
     >>> read_automaton(torch.tensor([[0, 1, 1], [1, 0, -1]]), n_labels=2).tolist()
     [[0, 1], [1, 1]]
     """
-    _check("label", labels, n_labels)
+    check_values("label", labels, n_labels)
     return _count_pairs(labels[:, :-1], labels[:, 1:], n_labels, n_labels)
 
 
@@ -76,8 +83,8 @@ def majority_states(
     >>> majority_states(torch.tensor([[0, 0, 0, 2]]), torch.tensor([[1, 1, 0, 0]]), n_labels=3, n_states=2).tolist()
     [1, -1, 0]
     """
-    _check("label", labels, n_labels)
-    _check("state", states, n_states)
+    check_values("label", labels, n_labels)
+    check_values("state", states, n_states)
     if labels.shape != states.shape:
         raise ShapeError(f"labels {list(labels.shape)} and states {list(states.shape)} were given. Give a state for each label.")
     counts = _count_pairs(labels, states, n_labels, n_states)

@@ -14,10 +14,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_codebook.errors import ConfigError, DataError, ShapeError
-from tl_codebook.experiments.tokfsm.machine import TokFSM
+from tl_codebook.experiments.tokfsm.automaton import check_values
+from tl_codebook.experiments.tokfsm.machine import TokFSM, check_range
 from tl_codebook.experiments.tokfsm.tokens import NO_STATE, read_states
 
 __all__ = [
+    "RECALLS",
     "ChosenCodes",
     "CodeTable",
     "ConceptSummary",
@@ -31,6 +33,10 @@ __all__ = [
     "score_codes",
     "state_labels",
 ]
+
+
+RECALLS = {"recall > 1 %": 0.01, "recall >= 95 %": 0.95 - 1e-9}
+"""The paper's floor under the recall of a state code, and ours, by the names that figures have."""
 
 
 class CodeTable(NamedTuple):
@@ -114,22 +120,6 @@ def state_labels(machine: TokFSM, tokens: Int[Tensor, "sequence pos"]) -> Int[Te
     return labels
 
 
-def check_labels(labels: Tensor, n_labels: int) -> None:
-    """Raise unless there are labels, and each is below `n_labels`.
-
-    Raises:
-        ConfigError: fewer than one label.
-        DataError: a label that is not one of them.
-
-    >>> check_labels(torch.tensor([0, -1, 1]), 2)
-    """
-    if n_labels < 1:
-        raise ConfigError(f"n_labels={n_labels} was asked for, but a label is one of them. Give 1 or more.")
-    wrong = labels[labels >= n_labels]
-    if wrong.numel():
-        raise DataError(f"label {int(wrong[0])} was given, but there are {n_labels} labels. Give 0 to {n_labels - 1}, or -1 for none.")
-
-
 def code_table(
     ids: Int[Tensor, "sequence pos *group k"],
     labels: Int[Tensor, "_ _"],
@@ -155,9 +145,8 @@ def code_table(
     >>> table.precision().tolist(), table.recall().tolist()
     ([[[0.5, 0.0], [0.0, 1.0]]], [[[1.0, 0.0], [0.0, 1.0]]])
     """
-    if n_codes < 1:
-        raise ConfigError(f"n_codes={n_codes} was asked for, but an id is one of them. Give 1 or more.")
-    check_labels(labels, n_labels)
+    check_range("n_codes", n_codes, 1, None, "an id is one of them")
+    check_values("label", labels, n_labels)
     wrong = ids[ids >= n_codes]
     if wrong.numel():
         raise DataError(f"id {int(wrong[0])} was given, but there are {n_codes} codes. Give 0 to {n_codes - 1}, or -1 for an empty slot.")

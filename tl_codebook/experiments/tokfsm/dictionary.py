@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tl_codebook.errors import ConfigError, DataError, ShapeError
+from tl_codebook.experiments.tokfsm.machine import check_range
 
 __all__ = ["TopKDictionary", "train_topk_dictionary"]
 
@@ -161,8 +162,7 @@ def train_topk_dictionary(
     """
     dead_after = max(10, steps // 100) if dead_after is None else dead_after
     for name, value in (("n_latents", n_latents), ("k", k), ("steps", steps), ("batch_size", batch_size), ("dead_after", dead_after)):
-        if value < 1:
-            raise ConfigError(f"{name}={value} was asked for, but it counts something that there has to be. Give 1 or more.")
+        check_range(name, value, 1, None, "it counts something that there has to be")
     if k > n_latents:
         raise ConfigError(f"k={k} of {n_latents} latents were asked for. Give k of 1 to {n_latents}.")
     if not learning_rate > 0:

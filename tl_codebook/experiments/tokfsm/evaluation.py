@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -15,6 +15,7 @@ from tl_codebook.attachment import sites
 from tl_codebook.contexts import count_usage
 from tl_codebook.experiments.tokfsm.automaton import majority_states, read_automaton, score_edges
 from tl_codebook.experiments.tokfsm.concepts import (
+    RECALLS,
     ChosenCodes,
     CodeTable,
     LabelScores,
@@ -27,28 +28,25 @@ from tl_codebook.experiments.tokfsm.concepts import (
     state_labels,
 )
 from tl_codebook.experiments.tokfsm.dictionary import train_topk_dictionary
-from tl_codebook.experiments.tokfsm.forcing import state_codes, state_forcing
+from tl_codebook.experiments.tokfsm.forcing import state_codes, state_forcing, state_hooks
 from tl_codebook.experiments.tokfsm.inputs import attainable_inputs, dead_of_attainable
 from tl_codebook.experiments.tokfsm.machine import TokFSM
 from tl_codebook.experiments.tokfsm.neurons import best_neurons, score_neurons
 from tl_codebook.experiments.tokfsm.setting import TokFSMSetting
 from tl_codebook.experiments.tokfsm.stages import held_out_rows, sample_rows
 from tl_codebook.experiments.tokfsm.text_of_model import (
+    collect_at,
     first_transitions,
     loss_over_bayes,
     next_state_probabilities,
-    run_batches,
     sample_text,
 )
 from tl_codebook.experiments.tokfsm.tokens import read_states, write_tokens
 from tl_codebook.experiments.tokfsm.validity import successor_match, transition_validity
-from tl_codebook.interventions import patch_codes
 from tl_codebook.names import Address, codes_hook, input_hook
 
-__all__ = ["collect_at", "evaluate_base", "evaluate_codes"]
+__all__ = ["evaluate_base", "evaluate_codes"]
 
-RECALLS = {"recall > 1 %": 0.01, "recall >= 95 %": 0.95 - 1e-9}
-"""The paper's floor under the recall of a state code, and ours."""
 EDGE_SHARE = 0.2
 """Of what each edge of a state gets: transitions seen more rarely are no edge of the automaton read from the codes."""
 DICTIONARY_ROWS = 2000
@@ -141,25 +139,6 @@ def evaluate_codes(model: Any, setting: TokFSMSetting, *, seed: int = 0, base: A
     bar.update()
     bar.close()
     return result
-
-
-def collect_at(model: Any, tokens: Int[Tensor, "sequence pos"], hooks: Mapping[str, str], batch_size: int = 100) -> dict[str, Tensor]:
-    """Run rows and return what passes hook points, on the CPU, under the keys that they are asked for by.
-
-    >>> collect_at(model, torch.tensor([[1, 2, 3]]), {"middle": "blocks.1.hook_resid_pre"})["middle"].shape
-    torch.Size([1, 3, 32])
-    """
-    found: dict[str, list[Tensor]] = {key: [] for key in hooks}
-
-    def keep(key: str) -> Any:
-        def hook(value: Tensor, hook: Any) -> None:
-            found[key].append(value.detach().cpu())
-
-        return hook
-
-    for _ in run_batches(model, tokens, batch_size, [(name, keep(key)) for key, name in hooks.items()]):
-        pass
-    return {key: torch.cat(parts) for key, parts in found.items()}
 
 
 def _dead(dead: Mapping[str, Any]) -> dict[str, Any]:
@@ -280,8 +259,7 @@ def _demonstration(model: Any, machine: TokFSM, codes: Mapping[str, Tensor]) -> 
     common = (machine.adjacency[reached] & machine.adjacency[source]).sum(1)
     target = int(reached[common.argmin()])
     row = write_tokens(machine, torch.tensor([[source]]), keep_last=True)
-    pos = row.shape[1] - 1
-    hooks = [patch_codes(codes[name][target][None, None], name, pos=pos, source_pos=0) for name in codes]
+    hooks = state_hooks(codes, torch.tensor([target]), codes, row.shape[1] - 1)
     before = next_state_probabilities(model, machine, row)[0]
     after = next_state_probabilities(model, machine, row, fwd_hooks=hooks)[0]
     return {

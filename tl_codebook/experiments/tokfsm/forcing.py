@@ -14,16 +14,15 @@ from tl_codebook.attachment import match_sites
 from tl_codebook.attachment import sites as codebook_sites
 from tl_codebook.errors import ConfigError, DataError, ShapeError
 from tl_codebook.experiments.tokfsm.bayes import bayes_predictions
-from tl_codebook.experiments.tokfsm.machine import TokFSM
+from tl_codebook.experiments.tokfsm.machine import TokFSM, check_range
 from tl_codebook.experiments.tokfsm.text_of_model import (
     Hook,
     HooksOfRows,
-    check_count,
     check_fits,
     check_prefixes,
+    collect_at,
     last_probabilities,
     next_state_probabilities,
-    run_batches,
 )
 from tl_codebook.experiments.tokfsm.tokens import NO_STATE, read_states, write_tokens
 from tl_codebook.experiments.tokfsm.validity import successor_match
@@ -86,19 +85,10 @@ def state_codes(
         )
     points = match_sites(model, names)
     at = torch.arange(1, states.shape[1] + 1) * machine.n_digits
-    caught: dict[str, list[Tensor]] = {point.site: [] for point in points}
-
-    def catcher(name: str) -> Any:
-        def catch(ids: Tensor, hook: Any) -> None:
-            caught[name].append(ids[:, at.to(ids.device)].cpu())
-
-        return catch
-
-    for _ in run_batches(model, tokens.cpu().long(), batch_size, [(codes_hook(name), catcher(name)) for name in caught]):
-        pass
+    found = collect_at(model, tokens.cpu().long(), {point.site: codes_hook(point.site) for point in points}, batch_size)
     result = {}
     for point in points:
-        ids = torch.cat(caught[point.site])[known]  # [occurrence *group k]
+        ids = found[point.site][:, at][known]  # [occurrence *group k]
         if ids.ndim == 2:
             result[point.site] = _most_frequent(states[known], ids)
         else:
@@ -139,10 +129,6 @@ def jensen_shannon(p: Float[Tensor, "*lead outcome"], q: Float[Tensor, "..."]) -
     return (terms.sum(-1) / 2).clamp(0, math.log(2))
 
 
-def _chosen(codes: Mapping[str, Tensor], which: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
-    return {name: codes[name].cpu()[which] for name in names}
-
-
 def _hooks_at(forced: Mapping[str, Tensor], pos: int) -> HooksOfRows:
     """Return the hooks that put codes [row *group k] at one position, each row its own."""
 
@@ -150,6 +136,11 @@ def _hooks_at(forced: Mapping[str, Tensor], pos: int) -> HooksOfRows:
         return [patch_codes(ids[rows][:, None], name, pos=pos, source_pos=0) for name, ids in forced.items()]
 
     return hooks
+
+
+def state_hooks(codes: Mapping[str, Tensor], states: Int[Tensor, " row"], names: Iterable[str], pos: int) -> HooksOfRows:
+    """Return the hooks that put the codes of a state at one position, each row those of its own state."""
+    return _hooks_at({name: codes[name].cpu()[states] for name in names}, pos)
 
 
 def _resolve(model: Any, machine: TokFSM, codes: Mapping[str, Tensor], names: str | Iterable[str] | None) -> list[str]:
@@ -206,7 +197,7 @@ def force_states(
     if targets.shape != prefixes.shape[:1]:
         raise ShapeError(f"targets {list(targets.shape)} were given for {len(prefixes)} rows. Give one state for each row.")
     chosen = _resolve(model, machine, codes, names)
-    hooks = _hooks_at(_chosen(codes, targets.cpu().long(), chosen), prefixes.shape[1] - 1)
+    hooks = state_hooks(codes, targets.cpu().long(), chosen, prefixes.shape[1] - 1)
     return last_probabilities(model, machine, prefixes, batch_size, hooks)
 
 
@@ -288,8 +279,8 @@ def state_forcing(
 
     Source: Tamkin et al. 2023, section 3 (normalised Jensen-Shannon divergence after replacing the codes of a state).
     """
-    check_count("n_prefixes_per_state", n_prefixes_per_state, 1, "nothing would be measured")
-    check_count("prefix_states", prefix_states, 0, "it is a number of states")
+    check_range("n_prefixes_per_state", n_prefixes_per_state, 1, None, "nothing would be measured")
+    check_range("prefix_states", prefix_states, 0, None, "it is a number of states")
     if not 0 <= n_successor_prefixes <= n_prefixes_per_state:
         raise ConfigError(
             f"n_successor_prefixes={n_successor_prefixes} was asked for, but there are {n_prefixes_per_state} rows for each target. "
@@ -347,10 +338,10 @@ def state_forcing(
 
     result = {"none": figures(unforced)}
     for label, names in sets.items():
-        hooks = _hooks_at(_chosen(codes, targets, names), last)
+        hooks = state_hooks(codes, targets, names, last)
         match = successors(hooks) if label in controls and n_successor_prefixes else (None, None)
         result[label] = figures(divergences(hooks), match)
         if label in controls:
-            result[f"{label}, wrong"] = figures(divergences(_hooks_at(_chosen(codes, others, names), last)))
+            result[f"{label}, wrong"] = figures(divergences(state_hooks(codes, others, names, last)))
             result[f"{label}, random"] = figures(divergences(_hooks_at({name: by_chance[name] for name in names}, last)))
     return result

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from tl_codebook.attachment import match_sites
 from tl_codebook.errors import ConfigError, DataError
-from tl_codebook.experiments.tokfsm.text_of_model import check_count, run_batches
+from tl_codebook.experiments.tokfsm.machine import check_range
+from tl_codebook.experiments.tokfsm.text_of_model import run_batches
 from tl_codebook.names import input_hook
 from tl_codebook.usage import Usage
 
@@ -104,7 +105,7 @@ def attainable_inputs(
     {'blocks.0.hook_mlp_out': [4]}
     """
     if limit is not None:
-        check_count("limit", limit, 1, "one input reaches every codebook")
+        check_range("limit", limit, 1, None, "one input reaches every codebook")
     if not 1e-7 <= tolerance < 1:  # below it float64 distances of near vectors are noise themselves
         raise ConfigError(f"tolerance={tolerance} was asked for, but it is a share of the size of the inputs. Give 1e-7 to below 1.")
     if not tokens.numel():

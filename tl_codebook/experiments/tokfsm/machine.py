@@ -17,7 +17,14 @@ DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 """How digits are written; base 36 is the largest that has a character for each."""
 
 
-def _check_range(name: str, value: int, low: int, high: int | None, reason: str) -> None:
+def check_range(name: str, value: int, low: int, high: int | None, reason: str) -> None:
+    """Raise unless a number is `low` or more and, where there is a `high`, no more than that; `reason` is part of what is said.
+
+    Raises:
+        ConfigError: it is not.
+
+    >>> check_range("batch_size", 1, 1, None, "a batch holds a row")
+    """
     if value < low or (high is not None and value > high):
         raise ConfigError(f"{name}={value} was asked for, but {reason}. Give {low} {'or more' if high is None else f'to {high}'}.")
 
@@ -51,8 +58,8 @@ class TokFSM:
                 f"an edge. Give bool [state next], as many columns as rows (probabilities > 0 is one)."
             )
         n_states = adjacency.shape[0]
-        _check_range("n_states", n_states, 1, None, "a machine is somewhere")
-        _check_range("base", base, 2, len(DIGITS), "a digit is one character, 0 to 9 or A to Z")
+        check_range("n_states", n_states, 1, None, "a machine is somewhere")
+        check_range("base", base, 2, len(DIGITS), "a digit is one character, 0 to 9 or A to Z")
         needed = 1
         while base**needed < n_states:
             needed += 1
@@ -90,8 +97,8 @@ class TokFSM:
         >>> TokFSM.random(4, 1, seed=42, base=2).adjacency.nonzero().tolist()
         [[0, 0], [1, 3], [2, 2], [3, 1]]
         """
-        _check_range("n_states", n_states, 1, None, "a machine is somewhere")
-        _check_range("n_edges", n_edges, 1, n_states, f"the successors of a state are different states, of {n_states}")
+        check_range("n_states", n_states, 1, None, "a machine is somewhere")
+        check_range("n_edges", n_edges, 1, n_states, f"the successors of a state are different states, of {n_states}")
         rng = np.random.default_rng(seed)
         adjacency = np.zeros((n_states, n_states), dtype=bool)
         for row in adjacency:
@@ -243,8 +250,8 @@ class TokFSM:
         >>> machine.sample(2, 5, torch.Generator().manual_seed(0), start=torch.tensor([1, 2])).tolist()
         [[1, 3, 1, 3, 1], [2, 2, 2, 2, 2]]
         """
-        _check_range("n_sequences", n_sequences, 1, None, "nothing would be sampled")
-        _check_range("n_states", n_states, 1, None, "nothing would be sampled")
+        check_range("n_sequences", n_sequences, 1, None, "nothing would be sampled")
+        check_range("n_states", n_states, 1, None, "nothing would be sampled")
         if start is None:
             state = (_uniform(n_sequences, generator) * self.n_states).long()
         elif start.shape != (n_sequences,):

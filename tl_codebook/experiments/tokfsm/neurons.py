@@ -14,7 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_codebook.errors import ConfigError, DataError, ShapeError
-from tl_codebook.experiments.tokfsm.concepts import LabelScores, check_labels
+from tl_codebook.experiments.tokfsm.automaton import check_values
+from tl_codebook.experiments.tokfsm.concepts import LabelScores
 
 __all__ = ["NeuronChoice", "best_neurons", "score_neurons"]
 
@@ -38,7 +39,7 @@ def _check(activations: Tensor, labels: Tensor, n_labels: int) -> None:
         )
     if len(labels) != len(activations):
         raise ShapeError(f"{len(labels)} labels of {len(activations)} positions were given. Give one for each, -1 where nothing holds.")
-    check_labels(labels, n_labels)
+    check_values("label", labels, n_labels)
     if bool(activations.isnan().any()):
         raise DataError("an activation is NaN, which is neither above nor below a threshold. Give numbers.")
 

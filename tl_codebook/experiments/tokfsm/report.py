@@ -11,8 +11,9 @@ from typing import Any
 from tl_codebook import files
 from tl_codebook.experiments.tokfsm import published
 from tl_codebook.experiments.tokfsm.charts import DASH, Bar, bar_chart, column_chart, escape
+from tl_codebook.experiments.tokfsm.concepts import RECALLS
 from tl_codebook.experiments.tokfsm.page import figure, lines, page, table
-from tl_codebook.experiments.tokfsm.setting import TokFSMSetting
+from tl_codebook.experiments.tokfsm.setting import RECIPES, TokFSMSetting
 from tl_codebook.experiments.tokfsm.tables import (
     dead_published,
     demonstration_text,
@@ -20,6 +21,8 @@ from tl_codebook.experiments.tokfsm.tables import (
     figure_notes,
     figure_rows,
     is_of_the_paper,
+    number_text,
+    percent_text,
     state_name,
 )
 
@@ -30,7 +33,7 @@ _SETS = {"all attention": "z", "all MLP": "mlp_out", "all": "all"}
 """The published name of each set of sites."""
 _OPTIONS = ("recipe", "base_steps", "code_steps", "batch_size")
 """Fields of a setting that the command line can change."""
-_FLOORS = {"recall > 1 %": "recall above 1 % (the paper's floor)", "recall >= 95 %": "recall of 95 % or more"}
+_FLOORS = dict(zip(RECALLS, ("recall above 1 % (the paper's floor)", "recall of 95 % or more"), strict=True))
 _MARK = (
     '<span class="legend"><svg role="img" aria-label="mark" viewBox="0 0 18 16"><path class="published" d="M9 1v14m-4 -14h8l-4 5z"/></svg>'
     " published value, k = 1</span>"
@@ -62,7 +65,8 @@ def command_line(results: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]
     setting = _plain(results["setting"])
     if setting["name"] not in ("mini", "paper"):
         return None, setting
-    preset = _plain(TokFSMSetting.preset(setting["name"]).to_dict())
+    recipe = {"recipe": setting["recipe"]} if setting.get("recipe") in RECIPES else {}
+    preset = _plain(TokFSMSetting.preset(setting["name"], **recipe).to_dict() | {"recipe": TokFSMSetting().recipe})
     changed = {name: value for name, value in setting.items() if name not in preset or preset[name] != value}
     words = ["tl-codebook", "tokfsm", "--preset", setting["name"], "--seed", str(results["seed"])]
     for name in _OPTIONS:
@@ -81,11 +85,11 @@ def _plain(value: Any) -> Any:
 
 
 def _number(value: float | None, digits: int = 3) -> str:
-    return DASH if value is None else f"{value:.{digits}f}"
+    return number_text(value, digits) or DASH
 
 
 def _percent(value: float | None, digits: int = 1) -> str:
-    return DASH if value is None else f"{100 * value:.{digits}f} %"
+    return percent_text(value, digits) or DASH
 
 
 def _list(pairs: Mapping[str, str], style: str = "") -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tl_codebook.codebook import CodebookConfig
-from tl_codebook.errors import ConfigError
+from tl_codebook.errors import ConfigError, check_whole
 from tl_codebook.experiments.tokfsm.machine import TokFSM
 from tl_codebook.training.config import CodebookTrainingConfig
 
@@ -74,11 +74,11 @@ class TokFSMSetting:
 
     def __post_init__(self) -> None:
         for name in ("n_layers", "d_model", "n_heads", "k", "batch_size", "code_steps", "forced_prefixes", "dictionary_steps"):
-            self._check(name, 1)
+            check_whole(name, getattr(self, name), 1)
         for name in ("n_states", "held_out_rows", "sampled_rows"):
-            self._check(name, 2)
+            check_whole(name, getattr(self, name), 2)
         for name in ("n_edges", "base", "machine_seed", "n_tokens", "base_steps"):
-            self._check(name, 0)
+            check_whole(name, getattr(self, name), 0)
         machine = self.machine()  # checks edges and digits
         if machine.states_in_row(self.n_tokens) < 3:
             raise ConfigError(
@@ -94,10 +94,13 @@ class TokFSMSetting:
             values = getattr(self, name)
             if not isinstance(values, tuple) or len(values) != self.n_layers:
                 raise ConfigError(f"{name}={values!r} was given for {self.n_layers} layers. Give a tuple of one number for each layer.")
-        for name, low, high in (("base_learning_rate", 0, math.inf), ("learning_rate", 0, math.inf), ("adam_beta2", -1e-9, 1)):
+        for name in ("base_learning_rate", "learning_rate"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not low < value < high:
-                raise ConfigError(f"{name}={value!r} was asked for. Give a number {'> 0' if high > 1 else 'from 0 to below 1'}.")
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+                raise ConfigError(f"{name}={value!r} was asked for. Give a number > 0.")
+        beta = self.adam_beta2
+        if not isinstance(beta, int | float) or isinstance(beta, bool) or not 0 <= beta < 1:
+            raise ConfigError(f"adam_beta2={beta!r} was asked for. Give a number from 0 to below 1.")
         if not isinstance(self.compiled, bool) or not isinstance(self.training, CodebookTrainingConfig):
             raise ConfigError(
                 f"compiled={self.compiled!r} and training={self.training!r:.80} were asked for. Give True or False, and a "
@@ -116,11 +119,6 @@ class TokFSMSetting:
         if self.recipe == "paper" and changed:
             raise ConfigError(f"{', '.join(changed)} and recipe='paper' were asked for, which has its own. Leave them out.")
 
-    def _check(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ConfigError(f"{name}={value!r} was asked for. Give a whole number >= {least}.")
-
     @classmethod
     def mini(cls, **changes: Any) -> TokFSMSetting:
         """Return the small preset: 20 states, 2 layers, width 64; a few minutes on two cores."""
@@ -128,7 +126,7 @@ class TokFSMSetting:
 
     @classmethod
     def paper(cls, **changes: Any) -> TokFSMSetting:
-        """Return the paper's machine and model (100 states, 4 layers, width 128) with codebooks of at most 1,024 codes.
+        """Return the paper's machine and model (100 states, 4 layers, width 128) with codebooks of at most 1,024 codes, k=1.
 
         Source: Tamkin et al. 2023, section 3; their codebooks have 10,000 codes.
         """
@@ -141,10 +139,14 @@ class TokFSMSetting:
             "n_heads": 4,
             "z_codes": (128, 256, 512, 512),
             "mlp_codes": (16, 256, 1024, 1024),
-            "base_steps": 3000,
-            "code_steps": 1500,
+            "batch_size": 16,
+            "base_steps": 10_000,
+            "code_steps": 14_000,
             "base_learning_rate": 1.5e-3,
+            "compiled": True,
         }
+        if changes.get("recipe") != "paper":  # which has its own training
+            settings["training"] = CodebookTrainingConfig(estimator="rotation")
         return cls(**settings | changes)
 
     @classmethod

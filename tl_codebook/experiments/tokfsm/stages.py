@@ -133,14 +133,15 @@ def _arguments(
 
 
 def _run(trainer: Any, setting: TokFSMSetting, stage: str, resume: bool, progress: bool) -> StageFigures:
-    if trainer.has_checkpoint() and not resume:
+    begun = trainer.has_checkpoint()
+    if begun and not resume:
         raise TrainingError(f"{trainer.args.output_dir} holds checkpoints of a run. Resume it (resume=True), or choose another folder.")
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_Bar(stage, bayes_loss(setting.machine(), setting.n_tokens), progress))
     clock = _Clock(Path(str(trainer.args.output_dir)) / "seconds.json")
     trainer.add_callback(clock)
-    state = trainer.train(resume_from_checkpoint=True if trainer.has_checkpoint() else None)
+    state = trainer.train(resume_from_checkpoint=True if begun else None)
     if not clock.begun:  # all steps had been taken already
         clock.go_on_from(state.global_step)
     trainer.hooked.eval()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from tl_codebook.experiments.tokfsm import published
+from tl_codebook.experiments.tokfsm.concepts import RECALLS
 from tl_codebook.experiments.tokfsm.machine import DIGITS
 
 __all__ = [
@@ -18,11 +19,13 @@ __all__ = [
     "figure_rows",
     "figure_table",
     "is_of_the_paper",
+    "number_text",
+    "percent_text",
     "state_name",
 ]
 
 _NO_CODES, _ANALYSED = published.MODELS[0], published.MODELS[2]
-_LOOSE, _STRICT = "recall > 1 %", "recall >= 95 %"
+_LOOSE, _STRICT = RECALLS
 
 
 class FigureRow(NamedTuple):
@@ -55,16 +58,26 @@ def _best(choose: Callable[[list[float]], float], values: Iterable[float | None]
     return choose(known) if known else None
 
 
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.2f} %"
+def percent_text(value: float | None, digits: int = 2) -> str:
+    """Return a share in percent; empty where there is none.
+
+    >>> percent_text(0.25), percent_text(None)
+    ('25.00 %', '')
+    """
+    return "" if value is None else f"{100 * value:.{digits}f} %"
 
 
-def _number(value: float | None, digits: int = 3) -> str:
+def number_text(value: float | None, digits: int = 3) -> str:
+    """Return a number with as many decimals; empty where there is none.
+
+    >>> number_text(0.25), number_text(None)
+    ('0.250', '')
+    """
     return "" if value is None else f"{value:.{digits}f}"
 
 
 def _nats(value: float | None) -> str:
-    return _number(value, 4)
+    return number_text(value, 4)
 
 
 def _count(value: int | None) -> str:
@@ -97,51 +110,51 @@ def figure_rows(results: Mapping[str, Any]) -> list[FigureRow]:
         return FigureRow(name, given, "", value, better)
 
     def of_codes(floor: str, figure: str) -> str:
-        return _percent(figure_at(codes, "state_codes", floor, figure))
+        return percent_text(figure_at(codes, "state_codes", floor, figure))
 
     def of_control(name: str, floor: str) -> str:
-        return _percent(figure_at(codes, "state_codes", "controls", f"{name}, {floor}", "precision"))
+        return percent_text(figure_at(codes, "state_codes", "controls", f"{name}, {floor}", "precision"))
 
     def purest(word: str) -> str:
-        return _percent(_best(max, (figure_at(layer, word, "codes") for layer in (figure_at(codes, "purity") or {}).values())))
+        return percent_text(_best(max, (figure_at(layer, word, "codes") for layer in (figure_at(codes, "purity") or {}).values())))
 
     def jsd(label: str, to: str = "machine") -> str:
-        return _number(figure_at(forced, label, f"normalised_{to}"))
+        return number_text(figure_at(forced, label, f"normalised_{to}"))
 
     one_mlp = _best(min, (figure_at(forced, label, "normalised_machine") for label in forced if label.endswith(".mlp_out")))
     read_off = f"state read off {'one' if figure_at(results, 'setting', 'k') == 1 else 'the first'} code, best MLP"
     return [
-        both("loss", _nats, "loss, nats per token", _number(_ANALYSED.loss), "down"),
-        both("excess", _nats, "loss over Bayes", _number(_ANALYSED.loss - published.BAYES_LOSS), "down"),
-        both("accuracy", _percent, "accuracy", _percent(_ANALYSED.accuracy)),
-        both("valid_transitions", _percent, "valid transitions in its text", _percent(_ANALYSED.valid_transitions)),
+        both("loss", _nats, "loss, nats per token", number_text(_ANALYSED.loss), "down"),
+        both("excess", _nats, "loss over Bayes", number_text(_ANALYSED.loss - published.BAYES_LOSS), "down"),
+        both("accuracy", percent_text, "accuracy", percent_text(_ANALYSED.accuracy)),
+        both("valid_transitions", percent_text, "valid transitions in its text", percent_text(_ANALYSED.valid_transitions)),
         both(
             "first_successors_exact",
-            _percent,
+            percent_text,
             "states whose successors are exactly the most probable",
-            _percent(published.FIRST_TRANSITION),
+            percent_text(published.FIRST_TRANSITION),
         ),
-        alone("dead codes, of attainable", dead_published(), _percent(figure_at(codes, "dead", "share")), "down"),
-        alone(f"state codes, precision ({_LOOSE})", _percent(published.STATE_CODE_PRECISION), of_codes(_LOOSE, "precision")),
+        alone("dead codes, of attainable", dead_published(), percent_text(figure_at(codes, "dead", "share")), "down"),
+        alone(f"state codes, precision ({_LOOSE})", percent_text(published.STATE_CODE_PRECISION), of_codes(_LOOSE, "precision")),
         alone("  their recall", "", of_codes(_LOOSE, "recall")),
-        alone("  best neuron at the same recall", _percent(published.STATE_NEURON_PRECISION), of_control("best neuron", _LOOSE), ""),
+        alone("  best neuron at the same recall", percent_text(published.STATE_NEURON_PRECISION), of_control("best neuron", _LOOSE), ""),
         alone("  TopK dictionary", "", of_control("TopK dictionary", _LOOSE), ""),
         alone(f"state codes, precision ({_STRICT})", "", of_codes(_STRICT, "precision")),
         alone("  states that have such a code", "", of_codes(_STRICT, "covered")),
         alone("  best neuron at the same recall", "", of_control("best neuron", _STRICT), ""),
         alone("  TopK dictionary", "", of_control("TopK dictionary", _STRICT), ""),
-        alone(read_off, "", _percent(figure_at(decode, "accuracy"))),
-        alone("  codes that a state takes there", "", _number(figure_at(decode, "codes_per_state"), 2), "down"),
-        alone("purity, best layer, bigrams", _percent(max(published.PURITY["bigram"])), purest("bigram")),
-        alone("purity, best layer, trigrams", _percent(max(published.PURITY["trigram"])), purest("trigram")),
-        alone("forcing, JSD to the machine (none = 1): all MLP", _number(published.FORCING["mlp_out"]), jsd("all MLP"), "down"),
-        alone("  best single MLP", _number(published.FORCING["L1.mlp_out"]), _number(one_mlp), "down"),
-        alone("  all sites", _number(published.FORCING["all"]), jsd("all"), "down"),
+        alone(read_off, "", percent_text(figure_at(decode, "accuracy"))),
+        alone("  codes that a state takes there", "", number_text(figure_at(decode, "codes_per_state"), 2), "down"),
+        alone("purity, best layer, bigrams", percent_text(max(published.PURITY["bigram"])), purest("bigram")),
+        alone("purity, best layer, trigrams", percent_text(max(published.PURITY["trigram"])), purest("trigram")),
+        alone("forcing, JSD to the machine (none = 1): all MLP", number_text(published.FORCING["mlp_out"]), jsd("all MLP"), "down"),
+        alone("  best single MLP", number_text(published.FORCING["L1.mlp_out"]), number_text(one_mlp), "down"),
+        alone("  all sites", number_text(published.FORCING["all"]), jsd("all"), "down"),
         alone("  all MLP, codes of a wrong state", "", jsd("all MLP, wrong")),
         alone("  all MLP, random codes", "", jsd("all MLP, random")),
         alone("forcing, JSD to the model's own (none = 1): all MLP", "", jsd("all MLP", "model"), "down"),
-        alone("successors after forcing all MLP", "", _percent(figure_at(forced, "all MLP", "successor_share"))),
-        alone("automaton read from the codes, F1", "", _number(figure_at(codes, "automaton", "f1"))),
+        alone("successors after forcing all MLP", "", percent_text(figure_at(forced, "all MLP", "successor_share"))),
+        alone("automaton read from the codes, F1", "", number_text(figure_at(codes, "automaton", "f1"))),
         FigureRow(
             "tokens of training",
             _count(published.TOKENS),
@@ -170,8 +183,8 @@ def figure_notes(results: Mapping[str, Any]) -> list[str]:
     ]
     if is_of_the_paper(setting):
         notes.append(
-            f"The published model without codes: loss {_NO_CODES.loss:.3f}, accuracy {_percent(_NO_CODES.accuracy)}, "
-            f"valid transitions {_percent(_NO_CODES.valid_transitions)}."
+            f"The published model without codes: loss {_NO_CODES.loss:.3f}, accuracy {percent_text(_NO_CODES.accuracy)}, "
+            f"valid transitions {percent_text(_NO_CODES.valid_transitions)}."
         )
     else:
         notes.append("Published figures are those of another machine, the paper's (100 states, 10 successors, seed 42): --preset paper.")

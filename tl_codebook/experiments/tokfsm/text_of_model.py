@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from tl_codebook.errors import ConfigError, DataError, ShapeError
 from tl_codebook.experiments.tokfsm.bayes import bayes_predictions
-from tl_codebook.experiments.tokfsm.machine import TokFSM
+from tl_codebook.experiments.tokfsm.machine import TokFSM, check_range
 from tl_codebook.experiments.tokfsm.tokens import NO_STATE, check_tokens, read_states, write_tokens
 from tl_codebook.hosts import as_host, evaluating, home_device, is_bridge
 from tl_codebook.steering import steer
 
-__all__ = ["ModelFigures", "first_transitions", "loss_over_bayes", "next_state_probabilities", "sample_text"]
+__all__ = ["ModelFigures", "collect_at", "first_transitions", "loss_over_bayes", "next_state_probabilities", "sample_text"]
 
 Hook = tuple[str, Callable[..., Any]]
 HooksOfRows = Callable[[Int[Tensor, " row"]], Sequence[Hook]]
@@ -37,15 +37,6 @@ class ModelFigures(NamedTuple):
     bayes_accuracy: float
     excess: float
     """`loss` less `bayes_loss`; paired, so what the rows happen to be, which moves both alike, cancels."""
-
-
-def check_count(name: str, value: int, least: int, reason: str) -> None:
-    """Raise `ConfigError` unless a number is large enough.
-
-    >>> check_count("batch_size", 1, 1, "a batch holds a row")
-    """
-    if value < least:
-        raise ConfigError(f"{name}={value} was asked for, but {reason}. Give {least} or more.")
 
 
 def check_fits(model: Any, machine: TokFSM, n_tokens: int) -> None:
@@ -95,7 +86,7 @@ def run_batches(
     Raises:
         ConfigError: a batch of no row.
     """
-    check_count("batch_size", batch_size, 1, "a batch holds a row")
+    check_range("batch_size", batch_size, 1, None, "a batch holds a row")
     parameter = next(iter(model.parameters()), None) if isinstance(model, nn.Module) else None
     device = torch.device("cpu") if parameter is None else parameter.device
     if hasattr(model, "blocks"):
@@ -110,6 +101,25 @@ def run_batches(
             else:
                 said = model(tokens[rows].to(device))
         yield rows, said
+
+
+def collect_at(model: Any, tokens: Int[Tensor, "sequence pos"], hooks: Mapping[str, str], batch_size: int = 100) -> dict[str, Tensor]:
+    """Run rows and return what passes hook points, on the CPU, under the keys that they are asked for by.
+
+    >>> collect_at(model, torch.tensor([[1, 2, 3]]), {"middle": "blocks.1.hook_resid_pre"})["middle"].shape
+    torch.Size([1, 3, 32])
+    """
+    found: dict[str, list[Tensor]] = {key: [] for key in hooks}
+
+    def keep(key: str) -> Any:
+        def hook(value: Tensor, hook: Any) -> None:
+            found[key].append(value.detach().cpu())
+
+        return hook
+
+    for _ in run_batches(model, tokens, batch_size, [(name, keep(key)) for key, name in hooks.items()]):
+        pass
+    return {key: torch.cat(parts) for key, parts in found.items()}
 
 
 def last_probabilities(
@@ -170,8 +180,8 @@ def sample_text(
     >>> sample_text(load_hf(GPTNeoXForCausalLM(config)), TokFSM.paper(), 3, n_tokens=8, seed=0).shape  # BOS and three states
     torch.Size([3, 7])
     """
-    check_count("n_sequences", n_sequences, 1, "nothing would be sampled")
-    check_count("batch_size", batch_size, 1, "a batch holds a row")
+    check_range("n_sequences", n_sequences, 1, None, "nothing would be sampled")
+    check_range("batch_size", batch_size, 1, None, "a batch holds a row")
     n_states = machine.states_in_row(n_tokens) - 1  # BOS takes the place of the last digit, so the last state is not complete
     if n_states < 1:
         raise ConfigError(
