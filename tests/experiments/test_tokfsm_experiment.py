@@ -243,3 +243,11 @@ def test_the_loss_of_the_mini_preset_falls_as_it_did(tmp_path):
     assert before.excess > 1.4
     assert 0.15 < base.excess < 0.45
     assert 0.1 < codes.excess < base.excess + 0.03
+
+
+def test_compiling_without_a_compiler_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"no C\+\+ compiler \(no-such-compiler\).*--no-compiled"):
+        run_experiment(TokFSMSetting.mini(compiled=True), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

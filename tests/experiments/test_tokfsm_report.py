@@ -138,6 +138,8 @@ def test_the_command_line():
         "tl-codebook tokfsm --preset paper --seed 7 --recipe paper --base_steps 5 --batch_size 32 --host bridge",
         {},
     )
+    assert command(TokFSMSetting.paper(compiled=False)) == ("tl-codebook tokfsm --preset paper --seed 7 --no-compiled", {})
+    assert command(TokFSMSetting.mini(compiled=True)) == ("tl-codebook tokfsm --preset mini --seed 7 --compiled", {})
     assert command(TokFSMSetting.mini(k=2)) == ("tl-codebook tokfsm --preset mini --seed 7", {"k": 2})
     mine = TokFSMSetting.mini(name="mine; rm x")
     assert command(mine)[0] is None

@@ -157,6 +157,15 @@ def test_train(base, stories, tmp_path, recipe, capsys):
     assert model.to_tokens("w5 w6").shape[0] == 1
 
 
+def test_groups_and_selection(base, stories, tmp_path):
+    changes = {"n_groups": [0, 4], "selection": "nearest", "max_steps": 1}
+    assert main(arguments(base, stories, tmp_path / "run", **changes)) == 0
+    model = tlc.load(tmp_path / "run/model")
+    books = {name.split(".", 2)[2]: point.codebook.config for name, point in tlc.sites(model).items()}
+    assert books["attn.hook_z"] == tlc.CodebookConfig(16, 2, model.cfg.n_heads, selection="nearest")
+    assert books["hook_mlp_out"] == tlc.CodebookConfig(16, 2, 4, selection="nearest")
+
+
 def test_the_figures_are_those_of_the_saved_model(base, stories, tmp_path):
     assert main(arguments(base, stories, tmp_path / "run", eval_dataset=stories)) == 0
     results, model = results_of(tmp_path / "run"), tlc.load(tmp_path / "run/model")
@@ -229,6 +238,9 @@ FAULTS = {
     "count of n_codes": ({"n_codes": [1, 2, 3]}, "--n_codes has 3 values for 2 sites"),
     "count of k": ({"k": [1, 2, 3]}, "--k has 3 values for 2 sites"),
     "k too large": ({"k": 99}, "k=99 codes were asked for"),
+    "count of n_groups": ({"n_groups": [1, 2, 3]}, "--n_groups has 3 values for 2 sites"),
+    "groups that do not divide": ({"n_groups": [0, 7]}, "cannot be split into n_groups=7 equal groups"),
+    "selection of the paper": ({"selection": "residual", "recipe": "paper"}, "--selection residual and --recipe paper were asked for"),
     "dataset": ({"dataset": "/nowhere/data.jsonl"}, "no dataset could be loaded from '/nowhere/data.jsonl'"),
     "model": ({"model": "/nowhere/model"}, "/nowhere/model"),
     "recipe": ({"recipe": "soup"}, "recipe='soup' is not known"),

@@ -47,10 +47,12 @@ def test_a_run_writes_model_figures_and_report(small, tmp_path, monkeypatch, cap
         (["--recipe", "old"], "recipe='old' is not known."),
         (["--code_steps", "0"], "code_steps=0 was asked for."),
         (["--seed", "-1"], "seed=-1 was asked for."),
+        (["--compiled"], "there is no C++ compiler (no-such-compiler)"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(argv, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CXX", "no-such-compiler")
     assert main(["tokfsm", *argv]) == 1
     err = capsys.readouterr().err
     assert said in err

@@ -20,7 +20,9 @@ def run(argv: Sequence[str]) -> int:
     from tl_codebook.files import as_path
 
     changes: dict[str, Any] = {
-        name: getattr(asked, name) for name in ("recipe", "base_steps", "code_steps", "batch_size") if getattr(asked, name) is not None
+        name: getattr(asked, name)
+        for name in ("recipe", "base_steps", "code_steps", "batch_size", "compiled")
+        if getattr(asked, name) is not None
     }
     setting = TokFSMSetting.preset(asked.preset, **changes)
     name = setting.name if setting.recipe == "default" else f"{setting.name}-{setting.recipe}"
@@ -46,5 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--base_steps", type=int, help="Steps without codebooks; by default those of the preset.")
     add("--code_steps", type=int, help="Steps with codebooks; by default those of the preset.")
     add("--batch_size", type=int, help="Rows of a step; by default those of the preset.")
+    compiled = "Train under torch.compile, which needs a C++ compiler on a CPU; by default the preset paper does."
+    add("--compiled", action=argparse.BooleanOptionalAction, help=compiled)
     add("--quiet", action="store_true", help="No progress bars.")
     return parser

@@ -28,6 +28,13 @@ class RunArguments:
     layers: list[int] | None = field(default=None, metadata={"help": "Layers; all by default."})
     n_codes: list[int] = field(default_factory=lambda: [1024], metadata={"help": "Codes per group: one number, or one for each site."})
     k: list[int] = field(default_factory=lambda: [8], metadata={"help": "Codes at a time: one number, or one for each site."})
+    n_groups: list[int] = field(
+        default_factory=lambda: [0],
+        metadata={"help": "Codebooks side by side: one number, or one for each site; 0 is one a head at z, q, k, v and one elsewhere."},
+    )
+    selection: Literal["residual", "nearest"] | None = field(
+        default=None, metadata={"help": "residual (greedy pursuit) or nearest (the k most similar); by default that of the recipe."}
+    )
     recipe: str = field(default="default", metadata={"help": "default, paper (Tamkin et al. 2023), or none (the model without codebooks)."})
     host: Literal["hooked", "bridge"] | None = field(
         default=None, metadata={"help": "hooked or bridge; HookedTransformer where TransformerLens has it."}
@@ -107,14 +114,27 @@ def _per_site(values: Sequence[int], sites: Sequence[str], what: str) -> list[in
     return list(values)
 
 
+def _codebooks(what: RunArguments) -> dict[str, Any]:
+    """Return the configuration of each site."""
+    from tl_codebook import CodebookConfig
+
+    if what.recipe == "paper" and what.selection is not None:
+        raise ConfigError(f"--selection {what.selection} and --recipe paper were asked for, which has its own. Leave one out.")
+    kind = CodebookConfig.paper if what.recipe == "paper" else CodebookConfig
+    changes: dict[str, Any] = {} if what.selection is None else {"selection": what.selection}
+    numbers = (_per_site(getattr(what, name), what.sites, name) for name in ("n_codes", "k", "n_groups"))
+    return {site: kind(n_codes, k, n_groups or None, **changes) for site, n_codes, k, n_groups in zip(what.sites, *numbers, strict=True)}
+
+
 def _train(what: RunArguments, config: Any, args: Any) -> dict[str, Any]:
     import torch
 
-    from tl_codebook import CodebookConfig, attach, load_dataset_from, load_hf
+    from tl_codebook import attach, load_dataset_from, load_hf
     from tl_codebook.training.data import tokenize_dataset
     from tl_codebook.training.host_trainer import HostTrainer
     from tl_codebook.training.trainer import CodebookTrainer
 
+    configs = {} if what.recipe == "none" else _codebooks(what)
     texts = load_dataset_from(what.dataset)
     held_out = None if what.eval_dataset is None else load_dataset_from(what.eval_dataset)
     model = load_hf(what.model, host=what.host)
@@ -132,10 +152,8 @@ def _train(what: RunArguments, config: Any, args: Any) -> dict[str, Any]:
         trainer = HostTrainer(model, args, **common)
         results: dict[str, Any] = {"base": _figures(trainer.evaluate())}
     else:
-        configs = CodebookConfig.paper if what.recipe == "paper" else CodebookConfig
-        sizes = zip(what.sites, _per_site(what.n_codes, what.sites, "n_codes"), _per_site(what.k, what.sites, "k"), strict=True)
         base = HostTrainer(model, args, **common).evaluate()
-        attach(model, {site: configs(n_codes, k) for site, n_codes, k in sizes}, layers=what.layers)
+        attach(model, configs, layers=what.layers)
         trainer = CodebookTrainer(model, args, config=config, **common)
         started = time.perf_counter()
         if not what.resume:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -54,7 +57,7 @@ def run_experiment(
 
     Raises:
         TrainingError: the folder holds a run and `resume` is not set, or it is a run of something else (the differences are listed).
-        ConfigError: a negative seed, or too few held-out rows for the machine.
+        ConfigError: a negative seed, too few held-out rows for the machine, or ``compiled`` without a C++ compiler.
         NonFiniteError: the loss became NaN or infinite; the last checkpoint is untouched.
 
     Source: the TokFSM experiment of Tamkin et al. 2023, section 3.
@@ -62,6 +65,7 @@ def run_experiment(
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise ConfigError(f"seed={seed!r} was asked for. Give a whole number from 0 to 2**32 - 1.")
     _check_held_out(setting, seed)
+    _check_compiler(setting)
     folder = files.check_writable(files.as_path(folder), overwrite=True)
     about = _begin(folder, {"setting": setting.to_dict(), "seed": seed, "host": host}, resume)
     if (folder / RESULTS).is_file():
@@ -102,6 +106,16 @@ def _check_held_out(setting: TokFSMSetting, seed: int) -> None:
         raise ConfigError(
             f"held_out_rows={setting.held_out_rows} was asked for, and {len(missing)} of the {machine.n_states} states do not occur in "
             f"half of them (state {missing[0]}, for one), so their codes could not be chosen. Give more rows, or longer ones."
+        )
+
+
+def _check_compiler(setting: TokFSMSetting) -> None:
+    """Refuse to compile without a compiler, which torch would find out at the first step."""
+    name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if setting.compiled and not torch.cuda.is_available() and shutil.which(name) is None:
+        raise ConfigError(
+            f"compiled=True was asked for, and there is no C++ compiler ({name}), which torch.compile needs on a CPU. Install one, name it "
+            "in the variable CXX, or train without (compiled=False, --no-compiled), about one and a half times as long."
         )
 
 

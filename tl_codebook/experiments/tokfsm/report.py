@@ -31,7 +31,7 @@ __all__ = ["REPORT", "command_line", "write_report"]
 REPORT = "report.html"
 _SETS = {"all attention": "z", "all MLP": "mlp_out", "all": "all"}
 """The published name of each set of sites."""
-_OPTIONS = ("recipe", "base_steps", "code_steps", "batch_size")
+_OPTIONS = ("recipe", "base_steps", "code_steps", "batch_size", "compiled")
 """Fields of a setting that the command line can change."""
 _FLOORS = dict(zip(RECALLS, ("recall above 1 % (the paper's floor)", "recall of 95 % or more"), strict=True))
 _MARK = (
@@ -69,8 +69,9 @@ def command_line(results: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]
     preset = _plain(TokFSMSetting.preset(setting["name"], **recipe).to_dict() | {"recipe": TokFSMSetting().recipe})
     changed = {name: value for name, value in setting.items() if name not in preset or preset[name] != value}
     words = ["tl-codebook", "tokfsm", "--preset", setting["name"], "--seed", str(results["seed"])]
-    for name in _OPTIONS:
-        words += [f"--{name}", str(changed.pop(name))] if name in changed else []
+    for name in (name for name in _OPTIONS if name in changed):
+        value = changed.pop(name)
+        words += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
     words += ["--host", str(results["host"])] if results.get("host") else []
     return shlex.join(words), changed
 
