@@ -46,8 +46,8 @@ def run(name: str, steps: int, seed: int, extra: list[str]) -> dict:
 
 def table(results: dict) -> str:
     lines = [
-        "| stories260K, 5 layers: z (8 heads x 256 codes, k=8) + mlp_out (1,024 codes) | codes of mlp_out at a time | untrained: cost | trained: loss "
-        "| cost of codes | accuracy | dead codes |",
+        "| stories260K, 5 layers: z (8 heads x 256 codes, k=8) + mlp_out (1,024 codes) | codes of mlp_out at a time | untrained: cost "
+        "| trained: loss | cost of codes | accuracy | dead codes |",
         "|---|---|---|---|---|---|---|",
     ]
     runs = {row["name"]: row for row in results["runs"]}
@@ -64,8 +64,8 @@ def table(results: dict) -> str:
     at = results["where"]
     lines.append("")
     lines.append(
-        f"Held-out loss in nats per token, cost over the model fine-tuned without codebooks on the same {runs['none']['tokens']:,} tokens; seed "
-        f"{results['runs'][0]['seed']}; {at['cpu']}, threads: {at['threads']}, torch {at['torch']}, TransformerLens "
+        f"Held-out loss in nats per token, cost over the model fine-tuned without codebooks on the same {runs['none']['tokens']:,} tokens; "
+        f"seed {results['runs'][0]['seed']}; {at['cpu']}, threads: {at['threads']}, torch {at['torch']}, TransformerLens "
         f"{at['transformer_lens']}, commit {at['commit']}; `python -m tests.benchmarks.stories`."
     )
     return "\n".join(lines)
