@@ -140,13 +140,13 @@ class TokFSMSetting:
             "z_codes": (128, 256, 512, 512),
             "mlp_codes": (16, 256, 1024, 1024),
             "batch_size": 16,
-            "base_steps": 10_000,
-            "code_steps": 14_000,
+            "base_steps": 17_000,
+            "code_steps": 7_000,
             "base_learning_rate": 1.5e-3,
             "compiled": True,
         }
         if changes.get("recipe") != "paper":  # which has its own training
-            settings["training"] = CodebookTrainingConfig(estimator="rotation")
+            settings["training"] = CodebookTrainingConfig(estimator="rotation", kl_to_base=1.0)
         return cls(**settings | changes)
 
     @classmethod
