@@ -34,6 +34,8 @@ def test_a_model_that_is_the_machine_is_perfect_in_every_figure(host):
     assert figures["first_successors"] == figures["first_successors_exact"] == 1
     for floor in ("recall > 1 %", "recall >= 95 %"):
         assert figures["state_codes"][floor] == {"precision": 1, "recall": 1, "covered": 1}
+        assert figures["state_codes"]["sites"]["L0.mlp_out"][floor] == {"precision": 1, "recall": 1, "covered": 1}
+    assert set(figures["state_codes"]["sites"]) == {"L0.z", "L0.mlp_out"}
     assert figures["decode"] == {"L0.mlp_out": {"accuracy": 1, "codes_per_state": 1}}
     assert figures["purity"]["L0.mlp_out"]["bigram"] == {"codes": 1, "inputs": 1, "n_codes": 6, "n_inputs": 6}
     assert (figures["automaton"]["f1"], figures["automaton"]["site"], figures["best_site"]) == (1, "L0.mlp_out", "L0.mlp_out")

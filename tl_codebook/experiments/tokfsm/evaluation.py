@@ -80,8 +80,8 @@ def evaluate_codes(model: Any, setting: TokFSMSetting, *, seed: int = 0, base: A
 
     =====================  ===========================================================================================
     ``dead``               per site and group: codes in use, codes that the inputs could bring to use, perplexity
-    ``state_codes``        precision and recall of the best code for each state (MLP sites), for each floor of `RECALLS`,
-                           beside the best neuron at the same recall and a TopK dictionary of the same size
+    ``state_codes``        precision and recall of the best code for each state, of all sites and of each, for each floor of
+                           `RECALLS`, beside the best neuron at the same recall and TopK dictionaries on what the MLP codes see
     ``decode``             per MLP site: accuracy of reading the state off the first code; codes that a state takes
     ``best_site``          where that is most accurate on the first half
     ``purity``             per MLP site: codes that stand for one state (bigram), or one state and the digit after it (trigram)
@@ -111,11 +111,17 @@ def evaluate_codes(model: Any, setting: TokFSMSetting, *, seed: int = 0, base: A
     mlp = [name for name in ids if Address.parse(name).site == "mlp_out"]
     n_codes = {name: point.codebook.n_codes for name, point in sites(model).items()}
     halves = [
-        {name: code_table(ids[name][part], labels[part], n_codes[name], machine.n_states) for name in mlp}
+        {name: code_table(ids[name][part], labels[part], n_codes[name], machine.n_states) for name in ids}
         for part in (slice(0, half), slice(half, None))
     ]
     chosen = {name: choose_codes(halves[0], floor) for name, floor in RECALLS.items()}
     result["state_codes"] = {name: _summary(score_codes(codes, halves[1])) for name, codes in chosen.items()}
+    result["state_codes"]["sites"] = {
+        str(Address.parse(site)): {
+            name: _summary(score_codes(choose_codes(halves[0][site], floor), halves[1][site])) for name, floor in RECALLS.items()
+        }
+        for site in ids
+    }
     bar.update()
     neurons = base if base is not None else model
     result["state_codes"]["controls"] = _controls(model, neurons, setting, rows, labels, chosen, mlp, n_codes, seed)
