@@ -52,7 +52,9 @@ VARIANTS: dict[str, tuple[str, dict, dict]] = {
     "summed": ("losses summed over dimensions", {"per_dimension": False}, {}),
     "no_lm_gradient": ("no language-model gradient to the codes", {"lm_gradient_to_codes": False}, {}),
     "rotation": ("with the rotation trick", {"estimator": "rotation"}, {}),
-    "kl": ("with KL to the base", {"kl_to_base": 1.0}, {}),
+    "kl": ("with KL to the base, weight 1", {"kl_to_base": 1.0}, {}),
+    "kl4": ("with KL to the base, weight 4", {"kl_to_base": 4.0}, {}),
+    "kl4_rotation": ("with KL to the base, weight 4, and the rotation trick", {"kl_to_base": 4.0, "estimator": "rotation"}, {}),
     "ramp": ("with a ramp over the first quarter", {"ramp_steps": 100}, {}),
     "paper_from_base": (
         "the paper's recipe, from the base",

@@ -137,7 +137,7 @@ class TokFSMSetting:
             "n_layers": 4,
             "d_model": 128,
             "n_heads": 4,
-            "z_codes": (128, 256, 512, 512),
+            "z_codes": (256, 1024, 1024, 1024),
             "mlp_codes": (16, 256, 1024, 1024),
             "batch_size": 16,
             "base_steps": 17_000,
@@ -146,7 +146,7 @@ class TokFSMSetting:
             "compiled": True,
         }
         if changes.get("recipe") != "paper":  # which has its own training
-            settings["training"] = CodebookTrainingConfig(estimator="rotation", kl_to_base=1.0)
+            settings["training"] = CodebookTrainingConfig(estimator="rotation", kl_to_base=4.0)
         return cls(**settings | changes)
 
     @classmethod
