@@ -16,7 +16,15 @@ from tl_codebook.training.losses import LanguageModel
 from tl_codebook.training.teacher import BaseTeacher
 
 PLAIN = {"init": "none", "revive_every": 0}
-EVERYTHING = {"estimator": "rotation", "kl_to_base": 2.0, "ramp_steps": 4, "init_iterations": 2, "revive_every": 2, "revive_until": 1.0}
+EVERYTHING = {
+    "estimator": "rotation",
+    "kl_to_base": 2.0,
+    "kl_steps": 5,
+    "ramp_steps": 4,
+    "init_iterations": 2,
+    "revive_every": 2,
+    "revive_until": 1.0,
+}
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
 
 
@@ -45,6 +53,12 @@ def move(model):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn_like(parameter))
+
+
+def move_seeded(model):
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(1)
+        move(model)
 
 
 def losses(trainer):
@@ -222,6 +236,37 @@ def test_a_model_that_is_held_to_its_base_stays_closer(tmp_path):
     with pytest.raises(RuntimeError, match="stop"):
         trainer.train()
     assert trainer.model.teacher is None
+
+
+def test_the_divergence_fades_out_and_then_costs_no_pass(tmp_path, monkeypatch):
+    passes = []
+    of_base = BaseTeacher.logits
+
+    def counted(self, *args, **kwargs):
+        passes.append(trainer.state.global_step)
+        return of_base(self, *args, **kwargs)
+
+    monkeypatch.setattr(BaseTeacher, "logits", counted)
+    model = with_books(TRAINED[0])
+    trainer = trainer_of(model, tmp_path, CodebookTrainingConfig(**PLAIN, kl_to_base=2.0, kl_steps=2), max_steps=4, logging_steps=1)
+    trainer.train()
+    assert [entry["kl_weight"] for entry in trainer.state.log_history if "loss" in entry] == [2.0, 1.0, 0.0, 0.0]
+    assert passes == [0, 1]
+
+
+def test_a_weight_that_fades_is_in_the_loss(tmp_path):
+    def model():
+        return with_books(TRAINED[0])
+
+    faded, half = (LanguageModel(model(), CodebookTrainingConfig(kl_to_base=weight, kl_steps=4)).train() for weight in (2.0, 1.0))
+    for language_model in (faded, half):
+        language_model.teacher = BaseTeacher(language_model.hooked)
+        move_seeded(language_model.hooked)
+    faded.set_step(2)
+    half.set_step(0)
+    assert torch.equal(faded(TOKENS, labels=TOKENS)["loss"], half(TOKENS, labels=TOKENS)["loss"])
+    faded.set_step(4)
+    assert faded(TOKENS, labels=TOKENS)["loss"] < half(TOKENS, labels=TOKENS)["loss"]
 
 
 def test_a_frozen_base_is_its_own_teacher(kind, tmp_path):

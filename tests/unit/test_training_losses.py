@@ -39,6 +39,9 @@ BAD = [
     ("k_decay_power", math.nan),
     ("estimator", "gumbel"),
     ("estimator", None),
+    ("kl_steps", -1),
+    ("kl_steps", 2.5),
+    ("kl_steps", 10),  # and nothing that could fall
     ("kl_to_base", -1.0),
     ("kl_to_base", math.nan),
     ("kl_to_base", math.inf),

@@ -23,8 +23,8 @@ class CodebookTrainingConfig:
     The defaults are the recipe of this package: k-means on the base's own activations, reconstruction and commitment per dimension
     beside the language-model loss, revival of dead codes at badly fitted inputs. `paper()` is that of Tamkin et al. 2023, `original()` any
     of the losses of its library. Off unless asked for: the rotation trick (`estimator`), a divergence from the base beside the
-    language-model loss (`kl_to_base`, which costs a forward pass of the base a step and a copy of the weights that train), and snaps that
-    set in gradually (`ramp_steps`).
+    language-model loss (`kl_to_base`, which costs a forward pass of the base a step and a copy of the weights that train; `kl_steps` has it
+    fade out), and snaps that set in gradually (`ramp_steps`).
 
     Raises:
         ConfigError: for values out of range.
@@ -58,6 +58,9 @@ class CodebookTrainingConfig:
         default=0.0,
         metadata={"help": "Weight of KL(base || codebook model) of the next token, in nats; base = no codebooks, weights of the start."},
     )
+    kl_steps: int = field(
+        default=0, metadata={"help": "Steps over which the weight of kl_to_base falls to 0, in a line; 0 keeps it as it is."}
+    )
     ramp_steps: int = field(
         default=0,
         metadata={
@@ -84,11 +87,13 @@ class CodebookTrainingConfig:
             value = getattr(self, name)
             if not (isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")):
                 raise ConfigError(f"{name}={value!r} was asked for. Give a number >= 0.")
-        for name, least in (("init_tokens", 1), ("init_iterations", 1), ("revive_every", 0), ("ramp_steps", 0)):
+        for name, least in (("init_tokens", 1), ("init_iterations", 1), ("revive_every", 0), ("kl_steps", 0), ("ramp_steps", 0)):
             check_whole(name, getattr(self, name), least)
         for name in ("freeze_base", "per_dimension", "lm_gradient_to_codes", "log_sites"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} was asked for. Give True or False.")
+        if self.kl_steps and not self.kl_to_base:
+            raise ConfigError(f"kl_steps={self.kl_steps} was asked for, and kl_to_base=0 has nothing that could fall. Give kl_to_base too.")
         if not 0 <= self.revive_until <= 1:
             raise ConfigError(f"revive_until={self.revive_until!r} was asked for. Give a share from 0 to 1.")
         if self.init not in ("kmeans", "none"):

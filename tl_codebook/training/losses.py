@@ -14,6 +14,7 @@ from tl_codebook.codebook import Codebook
 from tl_codebook.contexts import masked
 from tl_codebook.errors import TrainingError
 from tl_codebook.training.config import CodebookTrainingConfig
+from tl_codebook.training.schedule import kl_at_step
 from tl_codebook.training.teacher import BaseTeacher, divergence
 
 __all__ = ["LanguageModel", "codebook_loss", "parameter_groups"]
@@ -53,6 +54,15 @@ class LanguageModel(nn.Module):
         self.training_config = config
         self.teacher: BaseTeacher | None = None
         """The base that `kl_to_base` compares with; the trainer sets it for as long as it trains."""
+        self.kl_weight = torch.tensor(float(config.kl_to_base))
+        """Of the divergence at this step. A tensor: were it a number, a compiled model would be compiled anew at every step."""
+        self.compares = config.kl_to_base > 0
+
+    def set_step(self, step: int) -> None:
+        """Weigh the divergence from the base as the configuration has it for a step, counted from 0."""
+        weight = kl_at_step(step, self.training_config.kl_to_base, self.training_config.kl_steps)
+        self.kl_weight.fill_(weight)
+        self.compares = weight > 0
 
     def to(self, *args: Any, **kwargs: Any) -> LanguageModel:
         """Move the host by its own method, which knows more than `Module.to` (its config, its registry)."""
@@ -98,7 +108,7 @@ class LanguageModel(nn.Module):
             loss = loss + codebook_loss((p.codebook for p in sites(self.hooked).values() if p.enabled), self.training_config)
         if base is not None:
             kl = divergence(base[:, :-1][valid], logits[:, :-1][valid]) / n_targets.clamp(min=1)
-            loss = loss + self.training_config.kl_to_base * kl
+            loss = loss + self.kl_weight * kl
         if num_items_in_batch is not None:
             loss = loss * n_targets / num_items_in_batch
         correct = (logits[:, :-1].argmax(-1) == targets) & valid
@@ -106,7 +116,7 @@ class LanguageModel(nn.Module):
         return {"loss": loss, "sums": sums, "logits": logits}
 
     def _base_logits(self, input_ids: Tensor, **kwargs: Any) -> Tensor | None:
-        if self.training_config.kl_to_base == 0:
+        if not self.compares:
             return None
         if self.teacher is None:
             raise TrainingError(

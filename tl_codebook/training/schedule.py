@@ -11,7 +11,7 @@ from tl_codebook.codebook import Codebook
 from tl_codebook.errors import ConfigError
 from tl_codebook.training.config import CodebookTrainingConfig
 
-__all__ = ["KSchedule", "RampSchedule", "Schedule", "k_at_step", "schedules", "strength_at_step"]
+__all__ = ["KSchedule", "RampSchedule", "Schedule", "k_at_step", "kl_at_step", "schedules", "strength_at_step"]
 
 
 def k_at_step(step: int, *, k_start: int, k_end: int, decay_steps: int, power: float = 1.0) -> int:
@@ -39,6 +39,15 @@ def strength_at_step(step: int, ramp_steps: int) -> float:
     [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
     """
     return 1.0 if step >= ramp_steps else step / ramp_steps
+
+
+def kl_at_step(step: int, weight: float, kl_steps: int) -> float:
+    """Return the weight of the divergence from the base at a step counted from 0: 0 from step `kl_steps` on, always `weight` if that is 0.
+
+    >>> [kl_at_step(step, 4.0, kl_steps=4) for step in range(6)]
+    [4.0, 3.0, 2.0, 1.0, 0.0, 0.0]
+    """
+    return weight if kl_steps == 0 else weight * max(0.0, 1 - step / kl_steps)
 
 
 class Schedule(ABC):

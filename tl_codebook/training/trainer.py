@@ -34,7 +34,7 @@ from tl_codebook.usage import Usage
 __all__ = ["CodebookTrainer"]
 
 _STATE = "tl_codebook_training.json"
-_LATER = {"estimator": "straight_through", "kl_to_base": 0.0, "ramp_steps": 0}  # what runs did before these could be chosen
+_LATER = {"estimator": "straight_through", "kl_to_base": 0.0, "kl_steps": 0, "ramp_steps": 0}  # what runs did before these could be chosen
 
 
 class CodebookTrainer(HostTrainer):
@@ -214,6 +214,9 @@ class CodebookTrainer(HostTrainer):
         if "loss" in logs:
             for schedule in self.schedules:
                 logs |= schedule.figures(self.state.global_step - 1)
+            if self.training_config.kl_steps:
+                language_model: Any = self.model
+                logs["kl_weight"] = float(language_model.kl_weight)
         super().log(logs, *args, **kwargs)
 
     def _summed(self, tensor: Tensor) -> Tensor:
@@ -280,6 +283,8 @@ class _CodebookCallback(TrainerCallback):
         return bool(every) and step % every == 0 and step <= self.trainer.training_config.revive_until * max_steps
 
     def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        language_model: Any = self.trainer.model
+        language_model.set_step(state.global_step)
         for schedule in self.trainer.schedules:
             schedule.set_(state.global_step)
         if self.trainer.reviver is not None and self._due(args, state.global_step + 1, state.max_steps):
