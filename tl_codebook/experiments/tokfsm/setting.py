@@ -146,7 +146,7 @@ class TokFSMSetting:
             "compiled": True,
         }
         if changes.get("recipe") != "paper":  # which has its own training
-            settings["training"] = CodebookTrainingConfig(estimator="rotation", kl_to_base=4.0, kl_steps=5000)
+            settings["training"] = CodebookTrainingConfig(estimator="rotation", kl_to_base=4.0, kl_steps=3500)
         return cls(**settings | changes)
 
     @classmethod
