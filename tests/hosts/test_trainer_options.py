@@ -255,10 +255,8 @@ def test_the_divergence_fades_out_and_then_costs_no_pass(tmp_path, monkeypatch):
 
 
 def test_a_weight_that_fades_is_in_the_loss(tmp_path):
-    def model():
-        return with_books(TRAINED[0])
-
-    faded, half = (LanguageModel(model(), CodebookTrainingConfig(kl_to_base=weight, kl_steps=4)).train() for weight in (2.0, 1.0))
+    configs = [CodebookTrainingConfig(kl_to_base=weight, kl_steps=4) for weight in (2.0, 1.0)]
+    faded, half = (LanguageModel(with_books(TRAINED[0]), config).train() for config in configs)
     for language_model in (faded, half):
         language_model.teacher = BaseTeacher(language_model.hooked)
         move_seeded(language_model.hooked)

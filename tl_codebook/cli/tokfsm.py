@@ -15,15 +15,11 @@ def run(argv: Sequence[str]) -> int:
 
     from tl_codebook.experiments.tokfsm.experiment import run_experiment
     from tl_codebook.experiments.tokfsm.report import REPORT, write_report
-    from tl_codebook.experiments.tokfsm.setting import TokFSMSetting
+    from tl_codebook.experiments.tokfsm.setting import OPTIONS, TokFSMSetting
     from tl_codebook.experiments.tokfsm.tables import demonstration_text, figure_table
     from tl_codebook.files import as_path
 
-    changes: dict[str, Any] = {
-        name: getattr(asked, name)
-        for name in ("recipe", "base_steps", "code_steps", "batch_size", "compiled")
-        if getattr(asked, name) is not None
-    }
+    changes: dict[str, Any] = {name: getattr(asked, name) for name in OPTIONS if getattr(asked, name) is not None}
     setting = TokFSMSetting.preset(asked.preset, **changes)
     name = setting.name if setting.recipe == "default" else f"{setting.name}-{setting.recipe}"
     folder = as_path(asked.output_dir or f"runs/tokfsm-{name}-seed{asked.seed}")

@@ -273,7 +273,7 @@ class CodebookTrainer(HostTrainer):
 
 
 class _CodebookCallback(TrainerCallback):
-    """Sets the k and the strength of a step, and revives dead codes after it."""
+    """Sets what schedules say of a step (k, strength, the weight of the divergence), and revives dead codes after it."""
 
     def __init__(self, trainer: CodebookTrainer):
         self.trainer = trainer

@@ -13,7 +13,7 @@ from tl_codebook.experiments.tokfsm import published
 from tl_codebook.experiments.tokfsm.charts import DASH, Bar, bar_chart, column_chart, escape
 from tl_codebook.experiments.tokfsm.concepts import RECALLS
 from tl_codebook.experiments.tokfsm.page import figure, lines, page, table
-from tl_codebook.experiments.tokfsm.setting import RECIPES, TokFSMSetting
+from tl_codebook.experiments.tokfsm.setting import OPTIONS, RECIPES, TokFSMSetting
 from tl_codebook.experiments.tokfsm.tables import (
     dead_published,
     demonstration_text,
@@ -31,8 +31,6 @@ __all__ = ["REPORT", "command_line", "write_report"]
 REPORT = "report.html"
 _SETS = {"all attention": "z", "all MLP": "mlp_out", "all": "all"}
 """The published name of each set of sites."""
-_OPTIONS = ("recipe", "base_steps", "code_steps", "batch_size", "compiled")
-"""Fields of a setting that the command line can change."""
 _FLOORS = dict(zip(RECALLS, ("recall above 1 % (the paper's floor)", "recall of 95 % or more"), strict=True))
 _MARK = (
     '<span class="legend"><svg role="img" aria-label="mark" viewBox="0 0 18 16"><path class="published" d="M9 1v14m-4 -14h8l-4 5z"/></svg>'
@@ -66,10 +64,10 @@ def command_line(results: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]
     if setting["name"] not in ("mini", "paper"):
         return None, setting
     recipe = {"recipe": setting["recipe"]} if setting.get("recipe") in RECIPES else {}
-    preset = _plain(TokFSMSetting.preset(setting["name"], **recipe).to_dict() | {"recipe": TokFSMSetting().recipe})
+    preset = _plain(TokFSMSetting.preset(setting["name"], **recipe).to_dict() | {"recipe": RECIPES[0]})
     changed = {name: value for name, value in setting.items() if name not in preset or preset[name] != value}
     words = ["tl-codebook", "tokfsm", "--preset", setting["name"], "--seed", str(results["seed"])]
-    for name in (name for name in _OPTIONS if name in changed):
+    for name in (name for name in OPTIONS if name in changed):
         value = changed.pop(name)
         words += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
     words += ["--host", str(results["host"])] if results.get("host") else []

@@ -13,7 +13,10 @@ from tl_codebook.errors import ConfigError, check_whole
 from tl_codebook.experiments.tokfsm.machine import TokFSM
 from tl_codebook.training.config import CodebookTrainingConfig
 
-__all__ = ["RECIPES", "TokFSMSetting"]
+__all__ = ["OPTIONS", "RECIPES", "TokFSMSetting"]
+
+OPTIONS = ("recipe", "base_steps", "code_steps", "batch_size", "compiled")
+"""Fields of a setting that the command line can change, each by an option of its name."""
 
 RECIPES = ("default", "paper")
 """``default``: the base first, then codes from its activations. ``paper``: both at once, from scratch, as Tamkin et al. 2023 trained."""
