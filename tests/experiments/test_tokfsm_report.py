@@ -226,12 +226,12 @@ def test_raw_results_are_the_results(tmp_path):
 
 
 def test_published_marks_stand_only_beside_the_same_machine_and_model(tmp_path):
-    paper = tree_of(written(made_results(TokFSMSetting.paper()), tmp_path))
+    paper = tree_of(written(made_results(TokFSMSetting.paper(architecture="gpt_neox")), tmp_path))
     bars = bars_of(section(paper, "Forcing a state"))
     assert {label for label, bar in bars.items() if bar[2]} == {"L0.z", "L1.mlp_out", "all MLP", "all attention", "all"}
     assert len(section(paper, "Purity by layer").findall(".//g/path")) == 8
     assert len(section(paper, "Codes of states").findall(".//g/path")) == 2
-    two = TokFSMSetting.paper(n_layers=2, z_codes=(8, 8), mlp_codes=(8, 8))
+    two = TokFSMSetting.paper(architecture="gpt_neox", n_layers=2, z_codes=(8, 8), mlp_codes=(8, 8))
     shallow = tree_of(written(made_results(two), tmp_path))
     for heading, n in (("Forcing a state", 0), ("Purity by layer", 0), ("Codes of states", 2)):
         assert len(section(shallow, heading).findall(".//g/path")) == n
@@ -298,7 +298,7 @@ def test_the_distributions_before_and_after(tmp_path):
 
 
 def test_charts_are_told_to_who_does_not_see_them(tmp_path):
-    tree = tree_of(written(made_results(TokFSMSetting.paper()), tmp_path))
+    tree = tree_of(written(made_results(TokFSMSetting.paper(architecture="gpt_neox")), tmp_path))
     charts = tree.findall(".//svg")
     assert len(charts) > 7
     assert all(chart.get("role") == "img" and chart.get("aria-label") for chart in charts)

@@ -11,7 +11,7 @@ from tests.tiny import HOSTS
 from tl_codebook.errors import ConfigError
 from tl_codebook.experiments.tokfsm import TokFSM
 from tl_codebook.experiments.tokfsm.model import make_model
-from tl_codebook.experiments.tokfsm.setting import TokFSMSetting
+from tl_codebook.experiments.tokfsm.setting import ARCHITECTURES, TokFSMSetting
 from tl_codebook.training.config import CodebookTrainingConfig
 
 
@@ -77,6 +77,7 @@ def test_a_setting_survives_json():
         (dict(recipe="paper", training=CodebookTrainingConfig(commitment=0.0)), "training and recipe='paper'"),
         (dict(batch_size=0), "batch_size=0"),
         (dict(held_out_rows=1), "held_out_rows=1"),
+        (dict(architecture="gpt3"), r"architecture='gpt3' is not known. Choose one of \['gpt2', 'gpt_neox'\]"),
         (dict(recipe="papers"), r"recipe='papers' is not known. Choose one of \['default', 'paper'\]"),
         (dict(learning_rate=0.0), "learning_rate=0.0"),
         (dict(base_learning_rate=float("nan")), "base_learning_rate=nan"),
@@ -93,21 +94,24 @@ def test_an_unknown_preset():
         TokFSMSetting.preset("maxi")
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("host", HOSTS)
-def test_the_model_is_the_same_for_a_seed(host):
-    setting = TokFSMSetting.mini()
+def test_the_model_is_the_same_for_a_seed(host, architecture):
+    setting = TokFSMSetting.mini(architecture=architecture)
     before = torch.get_rng_state()
     one, two, other = (make_model(setting, seed, host) for seed in (3, 3, 4))
     assert torch.equal(torch.get_rng_state(), before)
     tokens = torch.tensor([[10, 0, 4, 1, 9]])
     assert torch.equal(one(tokens), two(tokens))
     assert not torch.allclose(one(tokens), other(tokens), atol=1e-3)
-    assert one.cfg.parallel_attn_mlp
+    assert bool(one.cfg.parallel_attn_mlp) == (architecture == "gpt_neox")
+    assert one.cfg.positional_embedding_type == {"gpt2": "standard", "gpt_neox": "rotary"}[architecture]
     assert (one.cfg.n_layers, one.cfg.d_model, one.cfg.n_heads, one.cfg.d_mlp, one.cfg.n_ctx, one.cfg.d_vocab) == (2, 64, 2, 256, 128, 11)
 
 
 @pytest.mark.skipif(len(HOSTS) < 2, reason="TransformerLens has one host")
-def test_the_hosts_compute_the_same():
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_hosts_compute_the_same(architecture):
     tokens = torch.tensor([[10, 0, 4, 1, 9, 1, 0]])
-    hooked, bridge = (make_model(TokFSMSetting.mini(), 0, host)(tokens) for host in HOSTS)
+    hooked, bridge = (make_model(TokFSMSetting.mini(architecture=architecture), 0, host)(tokens) for host in HOSTS)
     torch.testing.assert_close(hooked, bridge, atol=1e-5, rtol=1e-4)

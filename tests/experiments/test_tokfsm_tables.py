@@ -79,10 +79,13 @@ def test_notes_tell_the_machine_and_what_the_published_figures_are_of():
     mini, paper = made_results(), made_results(TokFSMSetting.paper())
     notes = figure_notes(mini)
     assert notes[0] == (
-        "Machine of 20 states, 4 successors each; recipe default, k=1, seed 7; trained in 1.0 minutes. The best possible loss is 1.0000."
+        "Machine of 20 states, 4 successors each; model gpt_neox, recipe default, k=1, seed 7; trained in 1.0 minutes. The best possible "
+        "loss is 1.0000."
     )
     assert "another machine" in notes[1]
-    assert figure_notes(paper)[1] == "The published model without codes: loss 1.179, accuracy 46.36 %, valid transitions 96.77 %."
+    assert figure_notes(paper)[1] == (
+        "The published model without codes: loss 1.179, accuracy 46.36 %, valid transitions 96.77 %. Published models are gpt_neox."
+    )
     assert figure_table(paper).endswith(figure_notes(paper)[1])
 
 
@@ -147,12 +150,14 @@ def test_states_are_written_as_the_machine_writes_them():
 
 
 def test_which_machine_is_the_papers():
-    paper = TokFSMSetting.paper()
-    shallow = TokFSMSetting.paper(n_layers=1, z_codes=(8,), mlp_codes=(8,)).to_dict()
+    paper = TokFSMSetting.paper(architecture="gpt_neox")
+    shallow = TokFSMSetting.paper(architecture="gpt_neox", n_layers=1, z_codes=(8,), mlp_codes=(8,)).to_dict()
     assert is_of_the_paper(paper.to_dict())
     assert is_of_the_paper(paper.to_dict(), model=True)
     assert is_of_the_paper(shallow)
     assert not is_of_the_paper(shallow, model=True)
+    assert is_of_the_paper(TokFSMSetting.paper().to_dict())
+    assert not is_of_the_paper(TokFSMSetting.paper().to_dict(), model=True)  # a gpt2
     for other in ({"n_edges": 9}, {"n_states": 99}, {"machine_seed": 1}, {"base": 11}):
         assert not is_of_the_paper(TokFSMSetting.paper(**other).to_dict())
 

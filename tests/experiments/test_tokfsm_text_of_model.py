@@ -19,6 +19,8 @@ from tl_codebook.experiments.tokfsm import (
     transition_validity,
     write_tokens,
 )
+from tl_codebook.experiments.tokfsm.model import make_model
+from tl_codebook.experiments.tokfsm.setting import ARCHITECTURES, TokFSMSetting
 from tl_codebook.experiments.tokfsm.text_of_model import first_transitions, loss_over_bayes, next_state_probabilities, sample_text
 
 SINGLE = TokFSM(torch.tensor([[0, 1, 1, 0], [1, 0, 0, 1], [1, 1, 0, 0], [0, 0, 1, 1]], dtype=torch.bool), base=4)
@@ -95,14 +97,17 @@ def test_every_host_writes_the_same_text_with_a_tokenizer_and_without():
     assert all(torch.equal(one, texts[0]) for one in texts)
 
 
-def test_what_is_written_is_what_was_predicted(host):
-    """The most probable text of the model is found again, whatever the tokenizer takes for padding."""
-    model = random_model(TRIPLE, host, attached=False, tokenizer=make_tokenizer(TRIPLE))
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_is_written_is_what_was_predicted(host, architecture):
+    """The most probable text of the model is found again, whatever the tokenizer takes for padding and however positions are told."""
+    setting = TokFSMSetting.mini(architecture=architecture)
+    machine, model = setting.machine(), make_model(setting, 0, host)
     tokenizer = model.tokenizer
     sharp = 1e4
     head = model.unembed.W_U if hasattr(model.unembed, "W_U") else model.unembed.weight
     head.data.mul_(sharp)
-    tokens = sample_text(model, TRIPLE, 2, 24, seed=2)
+    tokens = sample_text(model, machine, 2, setting.n_tokens, seed=2)
+    assert tokens.shape == (2, 127)
     assert torch.equal(model(tokens)[:, :-1].argmax(-1), tokens[:, 1:])
     assert model.tokenizer is tokenizer
 

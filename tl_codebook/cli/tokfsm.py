@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--preset", default="mini", help="mini (20 states, 2 layers; minutes) or paper (100 states, 4 layers; hours on a CPU).")
     add("--seed", type=int, default=0, help="Seed of weights, data and sampled text.")
     add("--recipe", help="default (base first, then codes from its activations) or paper (both from scratch, as Tamkin et al. 2023).")
+    add("--architecture", help="gpt2 (learned positions; the preset paper) or gpt_neox (rotary positions; mini, and Tamkin et al. 2023).")
     add("--output_dir", help="New folder for checkpoints, figures and report; runs/tokfsm-... by default.")
     add("--resume", action="store_true", help="Go on with the run in the folder where it stopped.")
     add("--host", choices=["hooked", "bridge"], help="HookedTransformer where TransformerLens has it, by default.")

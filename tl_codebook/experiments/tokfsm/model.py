@@ -1,4 +1,4 @@
-"""The language model of the experiment: a small GPT-NeoX with parallel blocks, as the paper's."""
+"""The language model of the experiment: a small GPT-2, or a GPT-NeoX with parallel blocks as the paper's."""
 
 from __future__ import annotations
 
@@ -20,30 +20,35 @@ def make_model(setting: TokFSMSetting, seed: int = 0, host: Literal["hooked", "b
         seed: Of the weights; the global random stream is left as it was.
         host: ``hooked`` or ``bridge``; by default HookedTransformer where TransformerLens has it.
 
-    Source: GPT-NeoX with parallel blocks and rotary positions as in Tamkin et al. 2023, section 3; weights as Hugging Face draws them.
+    Source: the sizes, and the architecture ``gpt_neox`` (parallel blocks, rotary positions), are those of Tamkin et al. 2023, section 3;
+    weights as Hugging Face draws them.
 
     >>> model = make_model(TokFSMSetting.mini())
-    >>> model.cfg.n_layers, model.cfg.d_model, model.cfg.parallel_attn_mlp, model.to_string(torch.tensor([0, 4]))
-    (2, 64, True, '04')
+    >>> model.cfg.n_layers, model.cfg.d_model, model.cfg.positional_embedding_type, model.to_string(torch.tensor([0, 4]))
+    (2, 64, 'standard', '04')
     """
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from tl_codebook.convert.huggingface import load_hf
 
     machine = setting.machine()
-    config = GPTNeoXConfig(
-        vocab_size=machine.n_vocabulary,
-        hidden_size=setting.d_model,
-        num_hidden_layers=setting.n_layers,
-        num_attention_heads=setting.n_heads,
-        intermediate_size=4 * setting.d_model,
-        max_position_embeddings=setting.n_tokens,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0},
-        bos_token_id=machine.bos,
-        eos_token_id=machine.bos,
-        pad_token_id=machine.bos,
-    )
+    sizes: dict[str, Any] = {
+        "vocab_size": machine.n_vocabulary,
+        "hidden_size": setting.d_model,
+        "num_hidden_layers": setting.n_layers,
+        "num_attention_heads": setting.n_heads,
+        "max_position_embeddings": setting.n_tokens,
+    }
+    of_architecture: dict[str, dict[str, Any]] = {
+        "gpt2": {"n_inner": 4 * setting.d_model, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
+        "gpt_neox": {
+            "intermediate_size": 4 * setting.d_model,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0},
+        },
+    }
+    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), machine.bos)
+    config = AutoConfig.for_model(setting.architecture, **sizes, **of_architecture[setting.architecture], **special)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPU's as well, and not put it back
-        model = GPTNeoXForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
     return load_hf(model, make_tokenizer(machine), host)

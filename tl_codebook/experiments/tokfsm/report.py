@@ -303,7 +303,7 @@ def _purity(results: Mapping[str, Any]) -> list[str]:
         "The model reads each state (a bigram where states have two digits), and each state with each digit that can follow (a trigram), "
         "from the beginning of a text. The bar is the share of the codes in use at the last digit that stand for exactly one "
         "of these inputs.",
-        "Perfect: 100 %. The first MLP of a parallel block sees only the last digit, many states share it, and 0 is what it can do.",
+        "Perfect: 100 %. In a gpt_neox the first MLP sees only the last digit, which many states share, and 0 is what it can do.",
         _MARK if apt else _OTHER,
     ]
     return ["<h2>Purity by layer</h2>", figure(bar_chart("Codes that stand for exactly one input", rows, percent=True), caption)]
@@ -323,7 +323,7 @@ def _usage(results: Mapping[str, Any]) -> list[str]:
     caption = [
         "How many codes are used, of those that could be?",
         "A code counts as in use where it fires on the held-out text. Attainable is the number of different inputs that reach the codebook "
-        "there, at most the number of its codes: the first MLP of a parallel block sees a handful of digits, and no more codes than that "
+        "there, at most the number of its codes: the first MLP of a gpt_neox sees a handful of digits, and no more codes than that "
         "can fire. The bar is the share in use. Perfect: every bar full; with several codes a position it can pass 100 %.",
         f"In all, {escape(dead.get('used'))} of {escape(dead.get('attainable'))} attainable codes are in use; "
         f"{_percent(figure_at(dead, 'share'))} are dead. Published: {dead_published()} of all codes dead, by layer.",

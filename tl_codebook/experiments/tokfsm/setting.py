@@ -13,9 +13,12 @@ from tl_codebook.errors import ConfigError, check_whole
 from tl_codebook.experiments.tokfsm.machine import TokFSM
 from tl_codebook.training.config import CodebookTrainingConfig
 
-__all__ = ["OPTIONS", "RECIPES", "TokFSMSetting"]
+__all__ = ["ARCHITECTURES", "OPTIONS", "RECIPES", "TokFSMSetting"]
 
-OPTIONS = ("recipe", "base_steps", "code_steps", "batch_size", "compiled")
+ARCHITECTURES = ("gpt2", "gpt_neox")
+"""``gpt2``: learned positions, MLP after attention. ``gpt_neox``: rotary positions, parallel blocks, as in Tamkin et al. 2023."""
+
+OPTIONS = ("recipe", "architecture", "base_steps", "code_steps", "batch_size", "compiled")
 """Fields of a setting that the command line can change, each by an option of its name."""
 
 RECIPES = ("default", "paper")
@@ -44,13 +47,16 @@ class TokFSMSetting:
     base: int = 10
     n_tokens: int = 128
     """Tokens of a row, BOS counted."""
+    architecture: str = "gpt_neox"
+    """``gpt2`` or ``gpt_neox``. Which digit of a state comes next is a matter of position: learned positions tell it, whereas with rotary
+    ones, none of which turns by half a circle a token, the model works it out from the text, and now and then goes wrong by a digit."""
     n_layers: int = 2
     d_model: int = 64
     n_heads: int = 2
     z_codes: tuple[int, ...] = (128, 128)
     """Codes of each head, layer by layer."""
     mlp_codes: tuple[int, ...] = (16, 128)
-    """Codes of each MLP, layer by layer. A layer-0 MLP of a parallel block sees each token in one way only: at most ``base + 1`` inputs."""
+    """Codes of each MLP, layer by layer. With ``gpt_neox`` that of layer 0 sees the token alone: ``base + 1`` inputs at most."""
     k: int = 1
     similarity: Literal["euclidean", "inner_product"] = "euclidean"
     input_norm: Literal["none", "layer_norm"] = "none"
@@ -113,8 +119,9 @@ class TokFSMSetting:
         self.codebooks()  # checks codes and k
 
     def _check_recipe(self) -> None:
-        if self.recipe not in RECIPES:
-            raise ConfigError(f"recipe={self.recipe!r} is not known. Choose one of {list(RECIPES)}.")
+        for name, known in (("recipe", RECIPES), ("architecture", ARCHITECTURES)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not known. Choose one of {list(known)}.")
         if self.recipe == "default" and self.base_steps < 1:
             raise ConfigError("base_steps=0 was asked for, and the recipe 'default' trains the base first. Give 1 or more.")
         own = {"similarity": "euclidean", "input_norm": "none", "training": CodebookTrainingConfig()}
@@ -129,14 +136,15 @@ class TokFSMSetting:
 
     @classmethod
     def paper(cls, **changes: Any) -> TokFSMSetting:
-        """Return the paper's machine and model (100 states, 4 layers, width 128) with codebooks of at most 1,024 codes, k=1.
+        """Return the paper's machine and a model of its size (100 states, 4 layers, width 128), at most 1,024 codes a codebook, k=1.
 
-        Source: Tamkin et al. 2023, section 3; their codebooks have 10,000 codes.
+        Source: Tamkin et al. 2023, section 3; their codebooks have 10,000 codes, and their model is a ``gpt_neox``.
         """
         settings: dict[str, Any] = {
             "name": "paper",
             "n_states": 100,
             "n_edges": 10,
+            "architecture": "gpt2",
             "n_layers": 4,
             "d_model": 128,
             "n_heads": 4,

@@ -166,9 +166,10 @@ def figure_rows(results: Mapping[str, Any]) -> list[FigureRow]:
 
 
 def is_of_the_paper(setting: Mapping[str, Any], *, model: bool = False) -> bool:
-    """Return whether the machine is the paper's (`TokFSM.paper`), and with `model` whether the model has as many layers too."""
+    """Return whether the machine is the paper's (`TokFSM.paper`), and with `model` whether the model is built as the paper's too."""
     same = [setting[name] for name in ("n_states", "n_edges", "machine_seed", "base")] == [100, 10, 42, 10]
-    return same and (not model or setting["n_layers"] == len(published.PURITY["bigram"]))
+    layers = len(published.PURITY["bigram"])
+    return same and (not model or (setting["architecture"], setting["n_layers"]) == ("gpt_neox", layers))
 
 
 def figure_notes(results: Mapping[str, Any]) -> list[str]:
@@ -177,14 +178,14 @@ def figure_notes(results: Mapping[str, Any]) -> list[str]:
     minutes = sum(figure_at(stage, "seconds") or 0 for stage in results["stages"].values()) / 60
     bayes = figure_at(results, "codes", "bayes_loss")
     notes = [
-        f"Machine of {setting['n_states']} states, {setting['n_edges']} successors each; recipe {setting['recipe']}, k={setting['k']}, "
-        f"seed {results['seed']}; trained in {minutes:.1f} minutes."
+        f"Machine of {setting['n_states']} states, {setting['n_edges']} successors each; model {setting['architecture']}, recipe "
+        f"{setting['recipe']}, k={setting['k']}, seed {results['seed']}; trained in {minutes:.1f} minutes."
         + (f" The best possible loss is {bayes:.4f}." if bayes is not None else "")
     ]
     if is_of_the_paper(setting):
         notes.append(
             f"The published model without codes: loss {_NO_CODES.loss:.3f}, accuracy {percent_text(_NO_CODES.accuracy)}, "
-            f"valid transitions {percent_text(_NO_CODES.valid_transitions)}."
+            f"valid transitions {percent_text(_NO_CODES.valid_transitions)}. Published models are gpt_neox."
         )
     else:
         notes.append("Published figures are those of another machine, the paper's (100 states, 10 successors, seed 42): --preset paper.")

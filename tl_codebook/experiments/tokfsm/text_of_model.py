@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -134,22 +133,26 @@ def last_probabilities(
     return torch.cat([logits[:, -1].float().cpu().double().softmax(-1) for _, logits in run_batches(model, tokens, batch_size, hooks)])
 
 
-@contextmanager
-def _without_tokenizer(model: Any) -> Iterator[None]:
-    """Set the tokenizer of a HookedTransformer aside.
+def _write(model: Any, prompt: Int[Tensor, "row pos"], n_new: int) -> Int[Tensor, "row pos_and_new"]:
+    """Sample tokens after a prompt at temperature 1; a Bridge by its own `generate`.
 
-    Its `generate` takes the BOS of the prompt for padding where the tokenizer pads with BOS, as that of a TokFSM does, and then attends
-    to everything but BOS: the model would write something else than its predictions say. A Bridge masks nothing unless it is asked to.
+    That of a HookedTransformer takes the BOS of the prompt for padding where the tokenizer pads with BOS, as that of a TokFSM does, and
+    attends to everything but BOS; without a tokenizer it gives learned positions that run ahead by two. Either way the model would write
+    something else than its predictions say. Its forward pass with a cache and a mask of its own does neither.
     """
     if is_bridge(model):
-        yield
-        return
-    tokenizer = model.tokenizer
-    model.tokenizer = None
-    try:
-        yield
-    finally:
-        model.tokenizer = tokenizer
+        text: Tensor = model.generate(prompt, max_new_tokens=n_new, do_sample=True, temperature=1.0, stop_at_eos=False, verbose=False)
+        return text
+    from transformer_lens import TransformerLensKeyValueCache
+    from transformer_lens.utils import sample_logits
+
+    cache = TransformerLensKeyValueCache.init_cache(model.cfg, prompt.device, len(prompt))
+    text = new = prompt
+    for _ in range(n_new):
+        logits = model(new, attention_mask=torch.ones_like(new), past_kv_cache=cache)
+        new = sample_logits(logits[:, -1])[:, None]
+        text = torch.cat([text, new], dim=1)
+    return text
 
 
 def sample_text(
@@ -196,7 +199,6 @@ def sample_text(
     with (
         evaluating(model),
         torch.no_grad(),
-        _without_tokenizer(model),
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
     ):
         torch.default_generator.manual_seed(seed)
@@ -205,9 +207,7 @@ def sample_text(
                 torch.cuda.manual_seed(seed)
         for start in range(0, n_sequences, batch_size):
             prompt = torch.full((min(batch_size, n_sequences - start), 1), machine.bos, device=device)
-            rows.append(
-                model.generate(prompt, max_new_tokens=n_new, do_sample=True, temperature=1.0, stop_at_eos=False, verbose=False).cpu()
-            )
+            rows.append(_write(model, prompt, n_new).cpu())
     return torch.cat(rows)
 
 
