@@ -10,6 +10,7 @@ import torch
 from tests.hosts.training import assert_equal, weights
 from tests.tiny import HOSTS
 from tl_codebook import load, sites
+from tl_codebook.checkpoint import MANIFEST
 from tl_codebook.errors import ConfigError, NonFiniteError, TrainingError
 from tl_codebook.experiments.tokfsm import bayes_loss
 from tl_codebook.experiments.tokfsm.experiment import RESULTS, run_experiment
@@ -251,3 +252,14 @@ def test_compiling_without_a_compiler_is_refused_before_anything_is_trained(tmp_
     with pytest.raises(ConfigError, match=r"no C\+\+ compiler \(no-such-compiler\).*--no-compiled"):
         run_experiment(TokFSMSetting.mini(compiled=True), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_figures_of_a_finished_compiled_run_are_read_without_a_compiler(tmp_path, monkeypatch):
+    setting = TokFSMSetting.mini(compiled=True)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / MANIFEST).write_text("{}")
+    (tmp_path / "experiment.json").write_text(json.dumps({"setting": setting.to_dict(), "seed": 0, "host": None, "stages": {}}))
+    (tmp_path / RESULTS).write_text('{"codes": 1}')
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run_experiment(setting, tmp_path, resume=True) == {"codes": 1}

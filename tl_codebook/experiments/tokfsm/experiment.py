@@ -57,7 +57,7 @@ def run_experiment(
 
     Raises:
         TrainingError: the folder holds a run and `resume` is not set, or it is a run of something else (the differences are listed).
-        ConfigError: a negative seed, too few held-out rows for the machine, or ``compiled`` without a C++ compiler.
+        ConfigError: a negative seed, too few held-out rows for the machine, or training under ``compiled`` without a C++ compiler.
         NonFiniteError: the loss became NaN or infinite; the last checkpoint is untouched.
 
     Source: the TokFSM experiment of Tamkin et al. 2023, section 3.
@@ -65,8 +65,10 @@ def run_experiment(
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise ConfigError(f"seed={seed!r} was asked for. Give a whole number from 0 to 2**32 - 1.")
     _check_held_out(setting, seed)
-    _check_compiler(setting)
-    folder = files.check_writable(files.as_path(folder), overwrite=True)
+    folder = files.as_path(folder)
+    if not (folder / "model" / MANIFEST).is_file():  # a finished model is only measured
+        _check_compiler(setting)
+    folder = files.check_writable(folder, overwrite=True)
     about = _begin(folder, {"setting": setting.to_dict(), "seed": seed, "host": host}, resume)
     if (folder / RESULTS).is_file():
         return files.read_json(folder / RESULTS)
