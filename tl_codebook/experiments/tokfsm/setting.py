@@ -148,16 +148,16 @@ class TokFSMSetting:
             "n_layers": 4,
             "d_model": 128,
             "n_heads": 4,
-            "z_codes": (256, 1024, 1024, 1024),
-            "mlp_codes": (16, 256, 1024, 1024),
+            "z_codes": (1024, 1024, 1024, 1024),
+            "mlp_codes": (1024, 1024, 1024, 1024),
             "batch_size": 16,
-            "base_steps": 17_000,
-            "code_steps": 7_000,
+            "base_steps": 6000,
+            "code_steps": 5000,
             "base_learning_rate": 1.5e-3,
             "compiled": True,
         }
         if changes.get("recipe") != "paper":  # which has its own training
-            settings["training"] = CodebookTrainingConfig(estimator="rotation", kl_to_base=4.0, kl_steps=3500)
+            settings["training"] = CodebookTrainingConfig(estimator="rotation", kl_to_base=4.0, kl_steps=2500)
         return cls(**settings | changes)
 
     @classmethod
