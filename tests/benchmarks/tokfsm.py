@@ -42,11 +42,13 @@ def table() -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines.append("")
     for preset, results in columns:
-        at, stages = results["where"], results["stages"]
+        at, stages, setting = results["where"], results["stages"], results["setting"]
         seconds = sum(stage["seconds"] for stage in stages.values())
         steps = " and ".join(f"{stage['steps']:,} steps ({name})" for name, stage in stages.items())
+        n_codes = max(setting["z_codes"] + setting["mlp_codes"])
         lines.append(
-            f"{presets[preset]}: {steps} of {results['setting']['batch_size']} rows, {seconds / 60:.0f} minutes; {at['cpu']}, threads: "
+            f"{presets[preset]}: {setting['architecture']}, {setting['n_layers']} layers, width {setting['d_model']}, k={setting['k']}, "
+            f"at most {n_codes:,} codes; {steps} of {setting['batch_size']} rows, {seconds / 60:.0f} minutes; {at['cpu']}, threads: "
             f"{at['threads']}, torch {at['torch']}, commit {at['commit']}."
         )
     lines.append("Seeds: " + ", ".join(f"{len(several)} ({presets[preset]})" for preset, several in runs.items()) + ".")
