@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import tl_codebook as tlc
-from tests.benchmarks import snap, stories
+from tests.benchmarks import snap, stories, tokfsm
 from tests.tiny import write_hf_folder
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 TEXT = README.read_text(encoding="utf-8")
-TABLES = {"stories": lambda: stories.table(json.loads(stories.RESULTS.read_text()))} | snap.TABLES
+TABLES = {"stories": lambda: stories.table(json.loads(stories.RESULTS.read_text())), "tokfsm": tokfsm.table} | snap.TABLES
 
 
 def blocks(language):
