@@ -1,5 +1,6 @@
 """Forcing a state by its codes: on a model in which one code decides, and on random ones against single interventions."""
 
+import itertools
 import math
 
 import pytest
@@ -10,11 +11,15 @@ from tests.experiments.neox import FLOOR, model_by_hand, random_model
 from tests.tiny import HOSTS
 from tl_codebook.errors import ConfigError, DataError, InvalidCodeError, ShapeError, UnknownHookError
 from tl_codebook.experiments.tokfsm import TokFSM, write_tokens
-from tl_codebook.experiments.tokfsm.forcing import force_states, jensen_shannon, site_sets, state_codes, state_forcing
+from tl_codebook.experiments.tokfsm.forced_codes import codes_while_reading, hooks_while_reading, state_codes, state_hooks
+from tl_codebook.experiments.tokfsm.forcing import force_states, jensen_shannon, site_sets, state_forcing
+from tl_codebook.experiments.tokfsm.text_of_model import next_state_probabilities
 
 SINGLE = TokFSM(torch.tensor([[0, 1, 1, 0], [1, 0, 0, 1], [1, 1, 0, 0], [0, 0, 1, 1]], dtype=torch.bool), base=5)
 """States of one digit; 4 is none."""
 PAIRS = TokFSM.random(12, 3, seed=1, base=4)
+TRIPLE = TokFSM.random(6, 3, seed=0, base=2)
+"""States 000 to 101."""
 Z, MLP = "blocks.0.attn.hook_z", "blocks.0.hook_mlp_out"
 
 
@@ -105,6 +110,78 @@ def test_codes_at_the_last_digit(pairs_model):
     for state in range(12):
         counts = torch.bincount(ids[states == state], minlength=12)
         assert counts[codes[name][state, 1, 0]] == counts.max()
+
+
+@pytest.mark.parametrize("machine", [PAIRS, TRIPLE], ids=["two digits", "three digits"])
+def test_codes_while_the_next_state_is_read_against_counting(host, machine):
+    model = random_model(machine, host)
+    tokens = text(machine, 40, 6)
+    tables = codes_while_reading(model, machine, tokens, ["L0.z", "L1.mlp_out"], batch_size=7)
+    assert len(tables) == machine.n_digits - 1
+    _, cache = model.run_with_cache(tokens)
+    for name, shape in (("blocks.0.attn.hook_z", (2, 1)), ("blocks.1.hook_mlp_out", (1,))):
+        ids = cache[f"{name}.hook_codes"]
+        for digit, table in enumerate(tables, 1):
+            seen = {}
+            for row in range(len(tokens)):
+                for last in range(machine.n_digits, tokens.shape[1] - digit, machine.n_digits):
+                    before = "".join(map(str, tokens[row, last + 1 - machine.n_digits : last + 1].tolist()))
+                    after = "".join(map(str, tokens[row, last + 1 : last + 1 + digit].tolist()))
+                    key = int(before, machine.base), int(after, machine.base)
+                    seen.setdefault(key, []).append(ids[row, last + digit].reshape(-1).tolist())
+            codes = table[name]
+            assert codes.shape == (machine.n_states, machine.base**digit, *shape)
+            for state in range(machine.n_states):
+                for number in range(machine.base**digit):
+                    got = codes[state, number].reshape(-1).tolist()
+                    if (state, number) not in seen:
+                        assert set(got) == {-1}
+                        continue
+                    for group, code in enumerate(got):
+                        counts = torch.bincount(torch.tensor([each[group] for each in seen[state, number]]), minlength=12)
+                        assert counts[code] == counts.max()
+                        assert code == int(counts.argmax())  # the lowest of equals
+
+
+def test_a_machine_of_one_digit_has_nothing_to_read_on(host):
+    assert codes_while_reading(random_model(SINGLE, host), SINGLE, text(SINGLE, 5, 6)) == []
+
+
+@pytest.mark.parametrize("machine", [PAIRS, TRIPLE], ids=["two digits", "three digits"])
+def test_forced_while_it_is_read_the_next_state_is_that_of_the_other_text(host, machine):
+    """With all codes of these positions forced nothing of the text before them is left, so the whole next state is the other text's."""
+    model = random_model(machine, host)
+    rows, other = text(machine, 4, 4), text(machine, 1, 4, seed=5)
+    rows[:, -1] = other[:, -1]  # the embedding of the last digit stays
+    rows = rows[[int(state) < machine.n_states for state in _last_states(machine, rows)]]
+    target = int(_last_states(machine, other)[0])
+    codes = {name: torch.zeros(machine.n_states, *shape, dtype=torch.long) for name, shape in _shapes(model).items()}
+    tables = []
+    for digit in range(machine.n_digits):
+        written = torch.tensor(list(itertools.product(range(machine.base), repeat=digit)), dtype=torch.long)
+        _, cache = model.run_with_cache(torch.cat([other.expand(len(written), -1), written], dim=1))
+        ids = {name: cache[f"{name}.hook_codes"][:, -1] for name in codes}
+        if digit:
+            tables.append({name: each[None].expand(machine.n_states, *each.shape) for name, each in ids.items()})
+        else:
+            for name in codes:
+                codes[name][target] = ids[name][0]
+    targets, last = torch.full((len(rows),), target), rows.shape[1] - 1
+    hooks = state_hooks(codes, targets, codes, last)
+    later = hooks_while_reading(tables, targets, codes, last, machine.base)
+    forced = next_state_probabilities(model, machine, rows, fwd_hooks=hooks, hooks_after=later, batch_size=3)
+    truth = next_state_probabilities(model, machine, other)
+    torch.testing.assert_close(forced, truth.expand_as(forced), rtol=1e-4, atol=1e-7)
+    for table in tables:  # every digit's codes count
+        right = dict(table)
+        table.update({name: (ids + 5) % 12 for name, ids in right.items()})
+        assert not torch.allclose(next_state_probabilities(model, machine, rows, fwd_hooks=hooks, hooks_after=later), forced, rtol=1e-3)
+        table.update(right)
+
+
+def _last_states(machine, rows):
+    places = machine.base ** torch.arange(machine.n_digits - 1, -1, -1)
+    return (rows[:, -machine.n_digits :] * places).sum(-1).tolist()
 
 
 def test_each_row_gets_the_codes_of_its_own_target(pairs_model):

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from tl_codebook.experiments.tokfsm.dictionary import TopKDictionary, train_topk_dictionary
     from tl_codebook.experiments.tokfsm.evaluation import evaluate_base, evaluate_codes
     from tl_codebook.experiments.tokfsm.experiment import run_experiment
-    from tl_codebook.experiments.tokfsm.forcing import ForcingFigures, force_states, jensen_shannon, site_sets, state_codes, state_forcing
+    from tl_codebook.experiments.tokfsm.forced_codes import codes_while_reading, state_codes
+    from tl_codebook.experiments.tokfsm.forcing import ForcingFigures, force_states, jensen_shannon, site_sets, state_forcing
     from tl_codebook.experiments.tokfsm.inputs import DeadCodes, attainable_inputs, dead_of_attainable
     from tl_codebook.experiments.tokfsm.machine import TokFSM
     from tl_codebook.experiments.tokfsm.model import make_model
@@ -78,6 +79,7 @@ _HOME = {
     "choose_codes": "concepts",
     "code_table": "concepts",
     "codes_per_concept": "concepts",
+    "codes_while_reading": "forced_codes",
     "collect_at": "text_of_model",
     "dead_of_attainable": "inputs",
     "decode_accuracy": "concepts",
@@ -109,7 +111,7 @@ _HOME = {
     "score_edges": "automaton",
     "score_neurons": "neurons",
     "site_sets": "forcing",
-    "state_codes": "forcing",
+    "state_codes": "forced_codes",
     "state_forcing": "forcing",
     "state_labels": "concepts",
     "successor_match": "validity",
@@ -149,6 +151,7 @@ __all__ = [
     "choose_codes",
     "code_table",
     "codes_per_concept",
+    "codes_while_reading",
     "collect_at",
     "dead_of_attainable",
     "decode_accuracy",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,8 @@ from tl_codebook.experiments.tokfsm.concepts import (
     state_labels,
 )
 from tl_codebook.experiments.tokfsm.dictionary import train_topk_dictionary
-from tl_codebook.experiments.tokfsm.forcing import state_codes, state_forcing, state_hooks
+from tl_codebook.experiments.tokfsm.forced_codes import codes_while_reading, hooks_while_reading, state_codes, state_hooks
+from tl_codebook.experiments.tokfsm.forcing import state_forcing
 from tl_codebook.experiments.tokfsm.inputs import attainable_inputs, dead_of_attainable
 from tl_codebook.experiments.tokfsm.machine import TokFSM
 from tl_codebook.experiments.tokfsm.neurons import best_neurons, score_neurons
@@ -131,17 +132,23 @@ def evaluate_codes(model: Any, setting: TokFSMSetting, *, seed: int = 0, base: A
     result["purity"] = _purity(model, machine, mlp)
     result["automaton"] = _automaton(machine, ids[best], labels, half, n_codes[best]) | {"site": str(Address.parse(best))}
     bar.update()
-    codes = state_codes(model, machine, rows)
-    prefix_states = machine.states_in_row(setting.n_tokens) - 2
+    codes, while_reading = state_codes(model, machine, rows), codes_while_reading(model, machine, rows)
     forced = state_forcing(
-        model, machine, codes, n_prefixes_per_state=setting.forced_prefixes, prefix_states=prefix_states, seed=seed, n_successor_prefixes=1
+        model,
+        machine,
+        codes,
+        n_prefixes_per_state=setting.forced_prefixes,
+        prefix_states=machine.states_in_row(setting.n_tokens) - 2,
+        seed=seed,
+        n_successor_prefixes=1,
+        while_reading=while_reading,
     )
     result["forcing"] = {
         label: {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in figures._asdict().items()}
         for label, figures in forced.items()
     }
     bar.update()
-    result["demonstration"] = _demonstration(model, machine, codes)
+    result["demonstration"] = _demonstration(model, machine, codes, while_reading)
     bar.update()
     bar.close()
     return result
@@ -255,19 +262,23 @@ def _automaton(machine: TokFSM, ids: Tensor, labels: Tensor, half: int, n_codes:
     return score_edges(machine, counts, meaning, min_share=min_share)._asdict() | {"min_share": min_share}
 
 
-def _demonstration(model: Any, machine: TokFSM, codes: Mapping[str, Tensor]) -> dict[str, Any]:
+def _demonstration(
+    model: Any, machine: TokFSM, codes: Mapping[str, Tensor], while_reading: Sequence[Mapping[str, Tensor]]
+) -> dict[str, Any]:
     """Put the codes of one state in the place of another's at every site, and read the next state before and after.
 
-    The states are the first that can be reached, and of those the first with the fewest successors in common with it.
+    They are put at the last digit of the state, and at the digits of the next one, where the model may read the state again. The states
+    are the first that can be reached, and of those the first with the fewest successors in common with it.
     """
     reached = machine.adjacency.any(0).nonzero().flatten()
     source = int(reached[0])
     common = (machine.adjacency[reached] & machine.adjacency[source]).sum(1)
     target = int(reached[common.argmin()])
     row = write_tokens(machine, torch.tensor([[source]]), keep_last=True)
-    hooks = state_hooks(codes, torch.tensor([target]), codes, row.shape[1] - 1)
+    one, last = torch.tensor([target]), row.shape[1] - 1
+    hooks, later = state_hooks(codes, one, codes, last), hooks_while_reading(while_reading, one, codes, last, machine.base)
     before = next_state_probabilities(model, machine, row)[0]
-    after = next_state_probabilities(model, machine, row, fwd_hooks=hooks)[0]
+    after = next_state_probabilities(model, machine, row, fwd_hooks=hooks, hooks_after=later)[0]
     return {
         "state": source,
         "forced": target,

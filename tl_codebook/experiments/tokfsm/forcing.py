@@ -14,22 +14,21 @@ from tl_codebook.attachment import match_sites
 from tl_codebook.attachment import sites as codebook_sites
 from tl_codebook.errors import ConfigError, DataError, ShapeError
 from tl_codebook.experiments.tokfsm.bayes import bayes_predictions
+from tl_codebook.experiments.tokfsm.forced_codes import hooks_at, hooks_while_reading, state_hooks
 from tl_codebook.experiments.tokfsm.machine import TokFSM, check_range
 from tl_codebook.experiments.tokfsm.text_of_model import (
     Hook,
     HooksOfRows,
     check_fits,
     check_prefixes,
-    collect_at,
     last_probabilities,
     next_state_probabilities,
 )
-from tl_codebook.experiments.tokfsm.tokens import NO_STATE, read_states, write_tokens
+from tl_codebook.experiments.tokfsm.tokens import write_tokens
 from tl_codebook.experiments.tokfsm.validity import successor_match
-from tl_codebook.interventions import patch_codes
-from tl_codebook.names import Address, codes_hook, split_hook_name
+from tl_codebook.names import Address, split_hook_name
 
-__all__ = ["ForcingFigures", "force_states", "jensen_shannon", "site_sets", "state_codes", "state_forcing"]
+__all__ = ["ForcingFigures", "force_states", "jensen_shannon", "site_sets", "state_forcing"]
 
 _MLP, _ATTENTION = ("mlp_out", "post"), ("z", "attn_out", "q", "k", "v", "qkv")
 
@@ -49,60 +48,6 @@ class ForcingFigures(NamedTuple):
     successor_exact: float | None
     """Share of rows in which these are all of them, 0 to 1."""
     n_rows: int
-
-
-def state_codes(
-    model: Any, machine: TokFSM, tokens: Int[Tensor, "sequence pos"], names: str | Iterable[str] | None = None, *, batch_size: int = 100
-) -> dict[str, Int[Tensor, "state *group k"]]:
-    """Return the codes that stand most often at the last digit of each state, per codebook and group, while rows of text run.
-
-    With k > 1 it is the whole tuple of codes that is counted. Of equally frequent ones it is the lowest.
-
-    Args:
-        model: A host with codebooks.
-        machine: The machine.
-        tokens: Rows of its text, in which each state occurs.
-        names: Hook names, addresses or sites; all codebooks by default.
-        batch_size: Rows run at a time, >= 1.
-
-    Returns:
-        Ids by hook name: [state k], or [state group k] where a codebook has several groups.
-
-    Raises:
-        ConfigError: a batch of no row.
-        DataError: rows that do not begin with BOS, or a state that never occurs.
-        UnknownHookError: a name at which no codebook sits.
-
-    Source: Tamkin et al. 2023, section 3 (the codes of a state).
-    """
-    states = read_states(machine, tokens)
-    known = states != NO_STATE
-    missing = (torch.bincount(states[known], minlength=machine.n_states) == 0).nonzero().flatten().tolist()
-    if missing:
-        raise DataError(
-            f"states {missing[:5]} ({len(missing)} of {machine.n_states}) never occur in the text that was given, so that nothing is known "
-            f"of their codes. Give more rows."
-        )
-    points = match_sites(model, names)
-    at = torch.arange(1, states.shape[1] + 1) * machine.n_digits
-    found = collect_at(model, tokens.cpu().long(), {point.site: codes_hook(point.site) for point in points}, batch_size)
-    result = {}
-    for point in points:
-        ids = found[point.site][:, at][known]  # [occurrence *group k]
-        if ids.ndim == 2:
-            result[point.site] = _most_frequent(states[known], ids)
-        else:
-            result[point.site] = torch.stack([_most_frequent(states[known], ids[:, group]) for group in range(ids.shape[1])], dim=1)
-    return result
-
-
-def _most_frequent(states: Int[Tensor, " occurrence"], ids: Int[Tensor, "occurrence k"]) -> Int[Tensor, "state k"]:
-    """Return the tuple of ids that each state has most often, the lowest of equals; every state occurs."""
-    pairs, counts = torch.cat([states[:, None], ids], dim=1).unique(dim=0, return_counts=True)  # in ascending order
-    pairs = pairs[counts.argsort(descending=True, stable=True)]
-    pairs = pairs[pairs[:, 0].argsort(stable=True)]
-    first = torch.cat([torch.ones(1, dtype=torch.bool), pairs[1:, 0] != pairs[:-1, 0]])
-    return pairs[first, 1:]
 
 
 def jensen_shannon(p: Float[Tensor, "*lead outcome"], q: Float[Tensor, "..."]) -> Float[Tensor, "*lead"]:
@@ -127,20 +72,6 @@ def jensen_shannon(p: Float[Tensor, "*lead outcome"], q: Float[Tensor, "..."]) -
     # p log p - p log m rather than p log(p / m), which is not a number where neither has an outcome.
     terms = torch.xlogy(p, p) - torch.xlogy(p, m) + torch.xlogy(q, q) - torch.xlogy(q, m)
     return (terms.sum(-1) / 2).clamp(0, math.log(2))
-
-
-def _hooks_at(forced: Mapping[str, Tensor], pos: int) -> HooksOfRows:
-    """Return the hooks that put codes [row *group k] at one position, each row its own."""
-
-    def hooks(rows: Tensor) -> list[Hook]:
-        return [patch_codes(ids[rows][:, None], name, pos=pos, source_pos=0) for name, ids in forced.items()]
-
-    return hooks
-
-
-def state_hooks(codes: Mapping[str, Tensor], states: Int[Tensor, " row"], names: Iterable[str], pos: int) -> HooksOfRows:
-    """Return the hooks that put the codes of a state at one position, each row those of its own state."""
-    return _hooks_at({name: codes[name].cpu()[states] for name in names}, pos)
 
 
 def _resolve(model: Any, machine: TokFSM, codes: Mapping[str, Tensor], names: str | Iterable[str] | None) -> list[str]:
@@ -247,6 +178,7 @@ def state_forcing(
     sites: Mapping[str, Sequence[str]] | None = None,
     controls: Sequence[str] | None = None,
     n_successor_prefixes: int = 1,
+    while_reading: Sequence[Mapping[str, Int[Tensor, "_ number *group k"]]] = (),
     batch_size: int = 100,
 ) -> dict[str, ForcingFigures]:
     """Force each state, where the text has another one, and measure how near the model's next digit comes to what it is after the target.
@@ -265,6 +197,8 @@ def state_forcing(
         controls: Labels of the sets for which the controls and the match of successors are measured; by default "all MLP" and "all".
         n_successor_prefixes: Rows for each target in which the successors are looked at, 0 (none) to `n_prefixes_per_state`; each costs up
             to ``base ** (n_digits - 1)`` passes more than the divergence does. The match is that of single rows, not of their mean.
+        while_reading: What is forced at the digits of the next state, where its successors are looked at (`codes_while_reading`): a model
+            may read the last state from the text again there. Nothing by default.
         batch_size: Rows run at a time, >= 1.
 
     Returns:
@@ -328,20 +262,19 @@ def state_forcing(
         shares = [value / base if base else math.nan for value, base in zip(raw, unforced, strict=True)]
         return ForcingFigures(raw[0], shares[0], raw[1], shares[1], *match, n_rows)
 
-    def successors(hooks: HooksOfRows) -> tuple[float, float]:
-        said = next_state_probabilities(
-            model, machine, rows[looked_at], fwd_hooks=lambda index: hooks(looked_at[index]), batch_size=batch_size
-        )
+    def successors(names: Sequence[str]) -> tuple[float, float]:
+        hooks = state_hooks(codes, targets[looked_at], names, last)
+        later = hooks_while_reading(while_reading, targets[looked_at], names, last, machine.base)
+        said = next_state_probabilities(model, machine, rows[looked_at], fwd_hooks=hooks, hooks_after=later, batch_size=batch_size)
         each = said.unflatten(0, (machine.n_states, n_successor_prefixes))
         match = torch.stack([successor_match(machine, each[:, prefix]) for prefix in range(n_successor_prefixes)])
         return float(match.mean()), float((match == 1).double().mean())
 
     result = {"none": figures(unforced)}
     for label, names in sets.items():
-        hooks = state_hooks(codes, targets, names, last)
-        match = successors(hooks) if label in controls and n_successor_prefixes else (None, None)
-        result[label] = figures(divergences(hooks), match)
+        match = successors(names) if label in controls and n_successor_prefixes else (None, None)
+        result[label] = figures(divergences(state_hooks(codes, targets, names, last)), match)
         if label in controls:
             result[f"{label}, wrong"] = figures(divergences(state_hooks(codes, others, names, last)))
-            result[f"{label}, random"] = figures(divergences(_hooks_at({name: by_chance[name] for name in names}, last)))
+            result[f"{label}, random"] = figures(divergences(hooks_at({name: by_chance[name] for name in names}, last)))
     return result

@@ -230,7 +230,8 @@ def _demonstration(results: Mapping[str, Any]) -> list[str]:
         chart = column_chart(name, values, names, top=top, marked=marks, kind=kind)
         charts.append(f'<div class="panel"><h3>{escape(name)}</h3>{chart}</div>')
     caption = [
-        f"One state in full: the text has state {source}, and at its last digit the codes of state {target} are put at every site.",
+        f"One state in full: the text has state {source}, and at its last digit the codes of state {target} are put at every site; at the "
+        f"digits of the next state those that they have after state {target}.",
         "Each bar is the probability of a next state. Triangles stand below the successors that the machine has: all of them are equally "
         "probable, and no other state can follow. Perfect: the third picture is the fourth. Before forcing, the second is the first.",
         "One pair of states, chosen before the run; the averages over all states are above.",

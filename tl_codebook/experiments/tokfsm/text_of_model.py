@@ -21,6 +21,8 @@ __all__ = ["ModelFigures", "collect_at", "first_transitions", "loss_over_bayes",
 Hook = tuple[str, Callable[..., Any]]
 HooksOfRows = Callable[[Int[Tensor, " row"]], Sequence[Hook]]
 """From the indices of the rows that one pass runs to the hooks of that pass, where these differ from row to row."""
+HooksAfterRows = Callable[[Int[Tensor, " row"], Int[Tensor, "row digit"]], Sequence[Hook]]
+"""From the indices of the rows that one pass runs, and the digits written after them, to the hooks of that pass."""
 
 
 class ModelFigures(NamedTuple):
@@ -276,6 +278,7 @@ def next_state_probabilities(
     prefixes: Int[Tensor, "row pos"],
     *,
     fwd_hooks: Sequence[Hook] | HooksOfRows = (),
+    hooks_after: HooksAfterRows | None = None,
     batch_size: int = 100,
 ) -> Float[Tensor, "row state"]:
     """Return the probability that a model writes each state next, after rows that end in a complete state.
@@ -290,6 +293,8 @@ def next_state_probabilities(
         fwd_hooks: Pairs of hook name and function to run under; where they differ from row to row, a function from the indices of the
             rows of a pass to these pairs (a row comes again for each beginning). The digits come after the prefix, so positions in a
             prefix stay what they are: name them from its start.
+        hooks_after: More hooks for the digits after the first: a function from the indices of the rows of a pass, and the digits of the
+            beginning after each, to pairs of hook name and function.
         batch_size: Rows run at a time, >= 1.
 
     Returns:
@@ -320,8 +325,9 @@ def next_state_probabilities(
         row_of = torch.arange(n_rows).repeat_interleave(len(numbers))
         text = torch.cat([prefixes[row_of], written], dim=1)
 
-        def hooks_here(rows: Tensor, row_of: Tensor = row_of) -> Sequence[Hook]:
-            return fwd_hooks(row_of[rows]) if callable(fwd_hooks) else fwd_hooks
+        def hooks_here(rows: Tensor, row_of: Tensor = row_of, written: Tensor = written) -> Sequence[Hook]:
+            hooks = list(fwd_hooks(row_of[rows]) if callable(fwd_hooks) else fwd_hooks)
+            return hooks + list(hooks_after(row_of[rows], written[rows])) if hooks_after and written.shape[1] else hooks
 
         said = last_probabilities(model, machine, text, batch_size, hooks_here)[:, :base].unflatten(0, (n_rows, len(numbers)))
         n_begun = -(-machine.n_states // base ** (n_digits - digit - 1))  # greater numbers begin no state
