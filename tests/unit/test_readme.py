@@ -8,12 +8,17 @@ import pytest
 import torch
 
 import tl_codebook as tlc
-from tests.benchmarks import snap, stories, tokfsm
+from tests.benchmarks import snap, stories, tokfsm, tokfsm_ablation
 from tests.tiny import write_hf_folder
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 TEXT = README.read_text(encoding="utf-8")
-TABLES = {"stories": lambda: stories.table(json.loads(stories.RESULTS.read_text())), "tokfsm": tokfsm.table} | snap.TABLES
+TABLES = {
+    "stories": lambda: stories.table(json.loads(stories.RESULTS.read_text())),
+    "tokfsm": tokfsm.table,
+    "tokfsm_ablation": lambda: tokfsm_ablation.table(json.loads(tokfsm_ablation.RESULTS.read_text())),
+    **snap.TABLES,
+}
 
 
 def blocks(language):
