@@ -25,7 +25,7 @@ def make_model(setting: TokFSMSetting, seed: int = 0, host: Literal["hooked", "b
 
     >>> model = make_model(TokFSMSetting.mini())
     >>> model.cfg.n_layers, model.cfg.d_model, model.cfg.positional_embedding_type, model.to_string(torch.tensor([0, 4]))
-    (2, 64, 'standard', '04')
+    (2, 64, 'rotary', '04')
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
