@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from tl_codebook.interventions import ban_code, force_code, patch_codes, swap_codes
     from tl_codebook.names import Address, Code
     from tl_codebook.steering import steer
+    from tl_codebook.store.collect import collect_codes
+    from tl_codebook.store.store import CodeStore
     from tl_codebook.training import CodebookTrainer, CodebookTrainingConfig, initialise_codes_, load_dataset_from
 
 __version__ = "0.1.0"
@@ -29,6 +31,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Address": "names",
     "Code": "names",
+    "CodeStore": "store.store",
     "Codebook": "codebook",
     "CodebookConfig": "codebook",
     "CodebookTrainer": "training",
@@ -38,6 +41,7 @@ _HOME = {
     "attach_hf": "convert.inside",
     "ban_code": "interventions",
     "bypassed": "contexts",
+    "collect_codes": "store.collect",
     "count_usage": "contexts",
     "detach": "attachment",
     "export_hf": "convert.export",
@@ -60,6 +64,7 @@ _HOME = {
 __all__ = [
     "Address",
     "Code",
+    "CodeStore",
     "Codebook",
     "CodebookConfig",
     "CodebookTrainer",
@@ -69,6 +74,7 @@ __all__ = [
     "attach_hf",
     "ban_code",
     "bypassed",
+    "collect_codes",
     "count_usage",
     "detach",
     "export_hf",

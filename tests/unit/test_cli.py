@@ -96,6 +96,7 @@ def test_help_of_a_verb(verb, capsys):
     says = {
         "tokfsm": "mini (20 states, 2 layers; minutes) or paper (100 states, 4 layers; hours on a CPU)",
         "train": "Hugging Face folder or hub name",
+        "collect": "folder that tl_codebook.save (or tl-codebook train) wrote",
         "convert": "the model that codebook-features wrapped: folder or hub name",
         "bench": "Groups, width of a group, codes, k: 12x64x10000x8",
     }

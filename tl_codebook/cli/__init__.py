@@ -14,6 +14,7 @@ __all__ = ["VERBS", "main"]
 VERBS = {
     "tokfsm": "Train a model and its codes on a finite state machine, and check the codes against it. Nothing to download.",
     "train": "Attach codebooks to a language model, train them, and report what they cost.",
+    "collect": "Run a codebook model over texts and write down which codes fire where, in a store that searches read.",
     "convert": "Bring in a checkpoint of codebook-features, or take a trained model back to Hugging Face.",
     "bench": "Measure what a snap costs on this machine, beside the plain ways to write it.",
 }

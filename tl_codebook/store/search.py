@@ -1,0 +1,379 @@
+"""Which codes stand for a concept: precision and recall of every code of a store at once.
+
+Everything is counted in positions. A code fires at a position if any of the k slots is it, and then once; a position at which a concept
+holds counts once, however many matches mark it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+from jaxtyping import Float64, Int64, Integer
+
+from tl_codebook.errors import ConfigError, DataError, LabelError, PositionError, UnknownHookError, check_whole, nearest
+from tl_codebook.names import SITES, Address, Code, split_hook_name
+from tl_codebook.store.concepts import At, Query, Searchable, concept_positions
+from tl_codebook.store.text import Vocabulary
+
+__all__ = ["By", "CodeCounts", "CodeHit", "code_counts", "codes_of_example", "search_codes"]
+
+By = Literal["f1", "precision", "recall", "mi"]
+
+_ROWS_AT_ONCE, _ROWS_IN_CACHE = 2**17, 2**12  # positions that are read, and that are counted, at a time
+
+
+@dataclass(frozen=True)
+class CodeHit:
+    """A code and how well it stands for a concept. ``pandas.DataFrame(hits)`` is a table of them."""
+
+    label: str
+    layer: int | None
+    site: str
+    group: int | None
+    precision: float
+    """Share of the positions at which the code fires where the concept holds, 0 to 1."""
+    recall: float
+    """Share of the positions at which the concept holds where the code fires, 0 to 1."""
+    f1: float
+    """Harmonic mean of the two."""
+    mi: float
+    """What the code tells of the concept (fires or not, holds or not), in bits, 0 to 1."""
+    hits: int
+    """Positions at which the code fires and the concept holds."""
+    activations: int
+    """Positions at which the code fires."""
+    occurrences: int
+    """Positions at which the concept holds."""
+
+    @property
+    def code(self) -> Code:
+        """Return the code, which every function takes that takes a label."""
+        return Code.parse(self.label)
+
+
+class CodeCounts(NamedTuple):
+    """How often the codes of a site fire, and how often where a concept holds, in positions."""
+
+    hits: Int64[np.ndarray, "group code"]
+    activations: Int64[np.ndarray, "group code"]
+    occurrences: int
+    n_positions: int
+    """All that were counted."""
+
+    def precision(self) -> Float64[np.ndarray, "group code"]:
+        """Return the share of a code's activations at which the concept holds; 0 for a code that never fires."""
+        return self.hits / np.maximum(self.activations, 1)
+
+    def recall(self) -> Float64[np.ndarray, "group code"]:
+        """Return the share of the concept's positions at which a code fires; 0 where the concept never holds."""
+        return self.hits / max(self.occurrences, 1)
+
+    def f1(self) -> Float64[np.ndarray, "group code"]:
+        """Return the harmonic mean of precision and recall."""
+        return 2 * self.hits / np.maximum(self.activations + self.occurrences, 1)
+
+    def mi(self) -> Float64[np.ndarray, "group code"]:
+        """Return the mutual information of code and concept in bits."""
+        total = max(self.n_positions, 1)
+        fires, holds = self.activations / total, self.occurrences / total
+        both = self.hits / total
+        information = np.zeros(self.hits.shape)
+        cells = [(both, fires, holds), (fires - both, fires, 1 - holds)]
+        cells += [(holds - both, 1 - fires, holds), (1 - fires - holds + both, 1 - fires, 1 - holds)]
+        for joint, one, other in cells:
+            there = joint > 1e-12  # what is less than a position is rounding
+            information[there] += joint[there] * np.log2(joint[there] / (one * other)[there])
+        return np.maximum(information, 0)
+
+
+def _fires(ids: Integer[np.ndarray, "token group k"], n_codes: int, distinct: bool) -> Int64[np.ndarray, "group code"]:
+    """Count at how many positions each code fires; `n_codes` stands for an empty slot, `distinct` says that no slot repeats another."""
+    n_tokens, n_groups, _ = ids.shape
+    counts = np.zeros((n_groups, n_codes), np.int64)
+    for start in range(0, n_tokens, _ROWS_IN_CACHE):
+        rows = ids[start : start + _ROWS_IN_CACHE]
+        slots = rows if distinct else _once(rows, n_codes)
+        for group in range(n_groups):
+            found = np.bincount(slots[:, group].reshape(-1), minlength=n_codes + 1)
+            if len(found) > n_codes + 1:
+                raise DataError(
+                    f"the store holds code {len(found) - 1} of a codebook of {n_codes}: its files are damaged. Collect it again."
+                )
+            counts[group] += found[:n_codes]
+    return counts
+
+
+def _once(ids: Integer[np.ndarray, "token group k"], empty: int) -> Integer[np.ndarray, "token group k"]:
+    """Empty the slots that repeat the code of another one at the same position."""
+    k = ids.shape[-1]
+    if k > 16:
+        ids = np.sort(ids, axis=-1)
+        np.copyto(ids[..., 1:], empty, where=ids[..., 1:] == ids[..., :-1])
+        return ids
+    slots = np.empty((k, *ids.shape[:2]), ids.dtype)
+    for slot in range(k):
+        slots[slot] = ids[..., slot]
+    for later in range(1, k):  # for few slots faster than sorting: two are compared at all positions at once
+        repeated = slots[0] == slots[later]
+        for earlier in range(1, later):
+            repeated |= slots[earlier] == slots[later]
+        np.copyto(slots[later], empty, where=repeated)
+    return np.moveaxis(slots, 0, -1)
+
+
+def code_counts(
+    store: Searchable,
+    site: str,
+    positions: Int64[np.ndarray, " position"],
+    *,
+    n_slots: int | None = None,
+    special: bool = False,
+) -> CodeCounts:
+    """Count how often each code of a site fires, in all and at some positions.
+
+    Args:
+        store: The store.
+        site: A hook name.
+        positions: Ascending, each once.
+        n_slots: Count only the first slots, those of the most similar codes, 1 to k; by default all.
+        special: Count special tokens (BOS, EOS) as positions too.
+
+    Raises:
+        ConfigError: `n_slots` out of range.
+
+    >>> from tl_codebook import attach
+    >>> from tl_codebook.store import collect_codes
+    >>> _ = attach(model, "mlp_out", n_codes=16, k=2)
+    >>> store = collect_codes(model, ["w3 w4 w5", "w6 w4"], tmp_path / "store", progress=False)
+    >>> counts = code_counts(store, "blocks.0.hook_mlp_out", np.array([2, 6]), n_slots=1)
+    >>> int(counts.hits.sum()), int(counts.activations.sum())  # BOS is not counted
+    (2, 5)
+    """
+    book, ids, is_special = store.sites[site], store.ids(site), store.is_special()
+    apart = np.flatnonzero(is_special)
+    if n_slots is not None:
+        check_whole("n_slots", n_slots, 1)
+        if n_slots > book.k:
+            raise ConfigError(f"n_slots={n_slots} was asked for, but {site} stores {book.k} codes a position. Give 1 to {book.k}.")
+    every = np.asarray(store.counts(site), np.int64)
+    # With no slot empty or repeated, the k codes of a position are k activations.
+    distinct = int(every.sum()) == store.n_tokens * book.n_groups * book.k
+    if n_slots is not None and n_slots < book.k:
+        every = _fires(ids[:, :, :n_slots], book.n_codes, distinct)
+
+    def at(rows: np.ndarray) -> np.ndarray:
+        total = np.zeros_like(every)
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            total += _fires(ids[rows[start : start + _ROWS_AT_ONCE]][:, :, :n_slots], book.n_codes, distinct)
+        return total
+
+    if not special:
+        every = every - at(apart)
+        positions = positions[~is_special[positions]]
+    n_positions = store.n_tokens - (0 if special else len(apart))
+    if 2 * len(positions) > n_positions:  # what fires elsewhere is less to count
+        elsewhere = np.ones(store.n_tokens, bool) if special else ~is_special
+        elsewhere[positions] = False
+        hits = every - at(np.flatnonzero(elsewhere))
+    else:
+        hits = at(positions)
+    return CodeCounts(hits, every, len(positions), n_positions)
+
+
+def _chosen(store: Searchable, wanted: str | Iterable[str] | None) -> dict[str, list[int] | None]:
+    """Return the hook names that addresses, sites or hook names mean, each with its groups (None for all)."""
+    have = list(store.sites)
+    if wanted is None:
+        return dict.fromkeys(have)
+    chosen: dict[str, list[int] | None] = {}
+    for name in [wanted] if isinstance(wanted, str) else wanted:
+        group = None
+        if name in SITES:
+            found = [hook for hook in have if split_hook_name(hook)[1] == name]
+        elif name in have:
+            found = [name]
+        else:
+            try:
+                address = Address.parse(name)
+            except LabelError:
+                address = None
+            found = [hook for hook in have if address is not None and hook == address.hook_name]
+            group = None if address is None else address.group
+        n_groups = store.sites[found[0]].n_groups if found else 0
+        if not found or (group is not None and group >= n_groups):
+            reason = f"{found[0]} has {n_groups} groups" if found else f"the store has {', '.join(map(_short, have))}"
+            raise UnknownHookError(f"no codes of {name!r} are stored: {reason}. {nearest(name, [*map(_short, have), *have])}")
+        for hook in found:
+            before = chosen.get(hook, [])
+            chosen[hook] = None if group is None or before is None else sorted({*before, group})
+    if not chosen:
+        raise ConfigError("an empty list of sites was given, so that there is no code to search. Give sites, or None for all.")
+    return chosen
+
+
+def _short(hook_name: str) -> str:
+    return str(Address(None, hook_name))
+
+
+def search_codes(
+    store: Searchable,
+    query: Query,
+    *,
+    sites: str | Iterable[str] | None = None,
+    by: By = "f1",
+    min_precision: float = 0.0,
+    min_recall: float = 0.01,
+    n: int | None = 100,
+    n_slots: int | None = None,
+    at: At = "first",
+    group: int | str | None = None,
+    special: bool = False,
+    timeout: float = 2.0,
+    vocabulary: Vocabulary | None = None,
+) -> list[CodeHit]:
+    r"""Return the codes that stand best for a concept, best first; none where the concept never holds.
+
+    A concept is a regular expression, such as ``r"New (York)"``: the group is what the code is to fire on. Without a group it is the
+    match. Of several tokens that a match takes, the first is meant (as in the original library); ``at`` says otherwise.
+
+    Args:
+        store: A `CodeStore`.
+        query: A regular expression; matches of one (`match_text`); token ids; a list of texts that are one token each; or a mask of bools,
+            one for each position of the store.
+        sites: Sites, addresses or hook names (``"z"``, ``"L3.mlp_out"``, ``"L5.z.2"``); by default all.
+        by: What comes first: greatest ``"f1"``, ``"precision"``, ``"recall"``, or ``"mi"`` (mutual information, in bits). Of equals, the
+            greater F1, then the order of the sites, groups and codes.
+        min_precision, min_recall: Least share, 0 to 1. The least recall is the paper's, 1 %.
+        n: How many codes to return at most; None for all.
+        n_slots: Count only the first slots, those of the most similar codes, 1 to k; by default all. This reads the whole store.
+        at: Which tokens of a match are marked: the one it ``"first"`` begins in, the one it ends in (``"last"``), or ``"all"``.
+        group: Which group of the regular expression is marked, by number or name; 0 for the whole match. By default the first group.
+        special: Count special tokens (BOS, EOS) as positions too; text is never searched in them.
+        timeout: Seconds of matching after which a regular expression is given up.
+        vocabulary: For a store that was collected without a tokenizer.
+
+    Raises:
+        ConfigError: an option or query that cannot be, or a regular expression that takes longer than `timeout`.
+        DataError: tokens that the vocabulary does not have, or a store without text.
+        ShapeError: a mask that does not fit the store.
+        UnknownHookError: a site that is not stored.
+
+    Source: Tamkin et al. 2023, section 3 (precision of codes at positions that a regular expression matches, with a recall above 1 %).
+
+    >>> from tl_codebook import attach
+    >>> from tl_codebook.store import collect_codes
+    >>> _ = attach(model, "mlp_out", n_codes=16, k=2)
+    >>> store = collect_codes(model, ["w3 w4 w5", "w6 w4"], tmp_path / "store", progress=False)
+    >>> best = search_codes(store, r"w\d (w4)", by="recall")[0]
+    >>> best.occurrences, best.hits == best.recall * 2, best.code.site
+    (2, True, 'mlp_out')
+    """
+    _check_options(by, min_precision, min_recall, n)
+    chosen = _chosen(store, sites)
+    positions = concept_positions(store, query, at=at, group=group, timeout=timeout, vocabulary=vocabulary)
+    if len(positions) and not special and store.is_special()[positions].all():
+        raise DataError("the concept holds at special tokens alone, which are not counted. Say special=True to count them.")
+    return _ranked(store, chosen, positions, by, min_precision, min_recall, n, n_slots, special)
+
+
+def codes_of_example(
+    store: Searchable,
+    sequence: int,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    sites: str | Iterable[str] | None = None,
+    min_share: float = 0.5,
+    by: By = "recall",
+    n: int | None = 100,
+    n_slots: int | None = None,
+) -> list[CodeHit]:
+    """Return the codes that fire on a large share of the tokens of one example, such as the codes of its topic.
+
+    In the rows, `recall` is the share of the example's tokens on which the code fires, and `precision` the share of the code's activations
+    that lie in the example. Special tokens are not counted.
+
+    Args:
+        store: A `CodeStore`.
+        sequence: Which stored sequence.
+        start, stop: Only its tokens from `start` to before `stop`.
+        sites, by, n, n_slots: As for `search_codes`.
+        min_share: Least share of the tokens, 0 to 1.
+
+    Raises:
+        ConfigError: an option that cannot be.
+        DataError: no token to count.
+        PositionError: a sequence or part of one that is not there.
+        UnknownHookError: a site that is not stored.
+
+    Source: Tamkin et al. 2023, section 4 (topic codes fire on more than half of the tokens of a sequence).
+
+    >>> from tl_codebook import attach
+    >>> from tl_codebook.store import collect_codes
+    >>> _ = attach(model, "mlp_out", n_codes=1)
+    >>> store = collect_codes(model, ["w3 w4 w5", "w6 w4"], tmp_path / "store", progress=False)
+    >>> [(hit.label, hit.recall, hit.precision) for hit in codes_of_example(store, 0, sites="L1.mlp_out")]
+    [('L1.mlp_out:0', 1.0, 0.6)]
+    """
+    _check_options(by, 0.0, min_share, n, recall="min_share")
+    if isinstance(sequence, bool) or not 0 <= sequence < store.n_sequences:
+        raise PositionError(f"sequence {sequence} was asked for, but the store has {store.n_sequences}. Give 0 to {store.n_sequences - 1}.")
+    whole = store.sequence(sequence)
+    length = whole.stop - whole.start
+    end = length if stop is None else stop
+    if not 0 <= start <= end <= length:
+        raise PositionError(f"tokens {start} to {end} of sequence {sequence} were asked for, but it has {length}. Give 0 to {length}.")
+    positions = np.arange(whole.start + start, whole.start + end)
+    positions = positions[~store.is_special()[whole.start + start : whole.start + end]]
+    if not len(positions):
+        raise DataError(f"tokens {start} to {end} of sequence {sequence} hold none but special tokens. Give a part with text.")
+    return _ranked(store, _chosen(store, sites), positions, by, 0.0, min_share, n, n_slots, special=False)
+
+
+def _check_options(by: str, min_precision: float, min_recall: float, n: int | None, *, recall: str = "min_recall") -> None:
+    if by not in get_args(By):
+        raise ConfigError(f"by={by!r} was asked for. Give one of {', '.join(map(repr, get_args(By)))}.")
+    for name, share in (("min_precision", min_precision), (recall, min_recall)):
+        if isinstance(share, bool) or not 0 <= share <= 1:
+            raise ConfigError(f"{name}={share} was asked for, but it is a share. Give 0 to 1.")
+    if n is not None:
+        check_whole("n", n, 1)
+
+
+def _ranked(
+    store: Searchable,
+    chosen: Mapping[str, list[int] | None],
+    positions: np.ndarray,
+    by: By,
+    min_precision: float,
+    min_recall: float,
+    n: int | None,
+    n_slots: int | None,
+    special: bool,
+) -> list[CodeHit]:
+    """Count the codes of all sites, and make rows of the best alone."""
+    rows = []
+    tables = []
+    for index, (site, groups) in enumerate(chosen.items()):
+        counts = code_counts(store, site, positions, n_slots=n_slots, special=special)
+        figures = {"precision": counts.precision(), "recall": counts.recall(), "f1": counts.f1(), "mi": counts.mi()}
+        keep = (counts.hits > 0) & (figures["precision"] >= min_precision) & (figures["recall"] >= min_recall)
+        if groups is not None:
+            keep &= np.isin(np.arange(len(keep)), groups)[:, None]
+        group, code = np.nonzero(keep)
+        tables.append((site, counts, figures))
+        rows.append(np.stack([np.full(len(code), index), group, code, -figures[by][keep], -figures["f1"][keep]]))
+    table = np.concatenate(rows, axis=1)
+    best = np.lexsort((table[2], table[1], table[0], table[4], table[3]))[:n]
+    hits = []
+    for index, group, code in table[:3, best].astype(int).T.tolist():
+        site, counts, figures = tables[index]
+        named = Code(None, site, group if store.sites[site].n_groups > 1 else None, code)
+        precision, recall, f1, mi = (float(figures[name][group, code]) for name in ("precision", "recall", "f1", "mi"))
+        found, fires = int(counts.hits[group, code]), int(counts.activations[group, code])
+        place = (str(named), named.layer, named.site, named.group)
+        hits.append(CodeHit(*place, precision, recall, f1, mi, found, fires, counts.occurrences))
+    return hits
