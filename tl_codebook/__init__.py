@@ -19,10 +19,15 @@ if TYPE_CHECKING:
     from tl_codebook.convert.export import export_hf
     from tl_codebook.convert.huggingface import load_hf
     from tl_codebook.convert.inside import attach_hf
+    from tl_codebook.graphs.coactivation import coactivation_graph
+    from tl_codebook.graphs.flips import flip_rate
+    from tl_codebook.graphs.patching import patch_effects
     from tl_codebook.interventions import ban_code, force_code, patch_codes, swap_codes
     from tl_codebook.names import Address, Code
     from tl_codebook.steering import steer
     from tl_codebook.store.collect import collect_codes
+    from tl_codebook.store.neurons import compare_with_neurons
+    from tl_codebook.store.search import codes_of_example, search_codes
     from tl_codebook.store.store import CodeStore
     from tl_codebook.training import CodebookTrainer, CodebookTrainingConfig, initialise_codes_, load_dataset_from
 
@@ -41,11 +46,15 @@ _HOME = {
     "attach_hf": "convert.inside",
     "ban_code": "interventions",
     "bypassed": "contexts",
+    "coactivation_graph": "graphs.coactivation",
+    "codes_of_example": "store.search",
     "collect_codes": "store.collect",
+    "compare_with_neurons": "store.neurons",
     "count_usage": "contexts",
     "detach": "attachment",
     "export_hf": "convert.export",
     "fingerprint": "basis",
+    "flip_rate": "graphs.flips",
     "force_code": "interventions",
     "initialise_codes_": "training",
     "load": "checkpoint",
@@ -54,8 +63,10 @@ _HOME = {
     "load_hf": "convert.huggingface",
     "masked": "contexts",
     "patch_codes": "interventions",
+    "patch_effects": "graphs.patching",
     "refresh": "attachment",
     "save": "checkpoint",
+    "search_codes": "store.search",
     "sites": "attachment",
     "steer": "steering",
     "swap_codes": "interventions",
@@ -74,11 +85,15 @@ __all__ = [
     "attach_hf",
     "ban_code",
     "bypassed",
+    "coactivation_graph",
+    "codes_of_example",
     "collect_codes",
+    "compare_with_neurons",
     "count_usage",
     "detach",
     "export_hf",
     "fingerprint",
+    "flip_rate",
     "force_code",
     "initialise_codes_",
     "load",
@@ -87,8 +102,10 @@ __all__ = [
     "load_hf",
     "masked",
     "patch_codes",
+    "patch_effects",
     "refresh",
     "save",
+    "search_codes",
     "sites",
     "steer",
     "swap_codes",

@@ -4,6 +4,7 @@ Each is a `CodebookError` and also the builtin that people already catch (the wa
 
     CodebookError
     ├── ConfigError          ValueError        a configuration that cannot be
+    │   └── SearchTimeoutError  TimeoutError        a regular expression that takes longer than it may
     ├── LabelError           ValueError        a label or address that cannot be read
     ├── InvalidCodeError     ValueError        a code id that the codebook does not have
     ├── ShapeError           ValueError        a tensor that does not fit where it was put
@@ -42,6 +43,7 @@ __all__ = [
     "LabelError",
     "NonFiniteError",
     "PositionError",
+    "SearchTimeoutError",
     "ShapeError",
     "TrainingError",
     "UnknownHookError",
@@ -56,6 +58,10 @@ class CodebookError(Exception):
 
 class ConfigError(CodebookError, ValueError):
     """A configuration that cannot be."""
+
+
+class SearchTimeoutError(ConfigError, TimeoutError):
+    """A regular expression that takes longer than it may."""
 
 
 class LabelError(CodebookError, ValueError):

@@ -17,8 +17,8 @@ import regex
 from jaxtyping import Bool, Int64, Integer
 from torch import Tensor
 
-from tl_codebook.errors import ConfigError, DataError, ShapeError
-from tl_codebook.store.text import Text, Vocabulary, decode, load_vocabulary
+from tl_codebook.errors import ConfigError, DataError, SearchTimeoutError, ShapeError
+from tl_codebook.store.text import Text, Vocabulary, decode
 
 __all__ = ["At", "Matches", "Query", "Searchable", "concept_positions", "match_text"]
 
@@ -34,6 +34,10 @@ class Searchable(Protocol):
     sites: Any
     n_tokens: int
     n_sequences: int
+
+    @property
+    def vocabulary(self) -> Vocabulary | None:
+        """The bytes of each token, where they are known."""
 
     def tokens(self, start: int, stop: int) -> Integer[np.ndarray, " token"]:
         """Return the token ids at some positions."""
@@ -132,19 +136,13 @@ def _group_of(compiled: Any, group: int | str | None) -> int:
 
 
 def _words(store: Searchable, vocabulary: Vocabulary | None) -> Vocabulary:
-    words = vocabulary or _own_words(store)
+    words = vocabulary or store.vocabulary
     if words is None:
         raise DataError(
             "this store has no text: it was collected without a tokenizer. Give vocabulary=vocabulary_of(tokenizer), or search for token "
             "ids."
         )
     return words
-
-
-def _own_words(store: Searchable) -> Vocabulary | None:
-    words = getattr(store, "vocabulary", None)
-    path = getattr(store, "path", None)
-    return words if isinstance(words, Vocabulary) or path is None else load_vocabulary(path)
 
 
 def match_text(
@@ -155,7 +153,9 @@ def match_text(
     timeout: float = 2.0,
     vocabulary: Vocabulary | None = None,
 ) -> Matches:
-    r"""Find a regular expression in the texts of a store. Matches of no character are left out.
+    r"""Find a regular expression in the texts of a store.
+
+    Matches of no character are left out, and none overlaps another, as with `re`: to find both pairs of ``000`` look back, ``(?<=0)0``.
 
     Args:
         store: Its tokens are read; it needs the bytes of its vocabulary.
@@ -166,7 +166,8 @@ def match_text(
         vocabulary: For a store that was collected without a tokenizer.
 
     Raises:
-        ConfigError: a pattern or group that cannot be, or one that takes longer than `timeout`.
+        ConfigError: a pattern or group that cannot be.
+        SearchTimeoutError: a pattern that takes longer than `timeout`.
         DataError: a store without text, or tokens that the vocabulary does not have.
 
     >>> from tl_codebook import attach
@@ -220,8 +221,9 @@ class _Budget:
         try:
             spans = [match.span(group) for match in compiled.finditer(text, timeout=max(self.left, 1e-6))]
         except (TimeoutError, MemoryError, RecursionError) as error:
-            spent = f"after {self.seconds:g} s of matching" if isinstance(error, TimeoutError) else "because it ran out of memory"
-            raise ConfigError(
+            late = isinstance(error, TimeoutError)
+            spent = f"after {self.seconds:g} s of matching" if late else "because it ran out of memory"
+            raise (SearchTimeoutError if late else ConfigError)(
                 f"the search for {self.pattern[:200]!r} was stopped {spent}, {self.read} tokens or more into the store. Write a pattern "
                 "that does not try the same text many times over, or give a greater timeout."
             ) from error
@@ -269,7 +271,8 @@ def concept_positions(
         group, timeout, vocabulary: As for `match_text`.
 
     Raises:
-        ConfigError: a query, group or `at` that cannot be, or a pattern that takes longer than `timeout`.
+        ConfigError: a query, group or `at` that cannot be.
+        SearchTimeoutError: a pattern that takes longer than `timeout`.
         DataError: a token that the vocabulary does not have, or a store without text.
         ShapeError: a mask that does not fit the store.
 
@@ -296,7 +299,7 @@ def concept_positions(
             "bools."
         )
     wanted = np.unique(array)
-    known = vocabulary or _own_words(store)
+    known = vocabulary or store.vocabulary
     outside = wanted[(wanted < 0) | ((wanted >= known.n_tokens) if known else False)]
     if outside.size:
         raise DataError(

@@ -256,7 +256,8 @@ def search_codes(
         vocabulary: For a store that was collected without a tokenizer.
 
     Raises:
-        ConfigError: an option or query that cannot be, or a regular expression that takes longer than `timeout`.
+        ConfigError: an option or query that cannot be.
+        SearchTimeoutError: a regular expression that takes longer than `timeout`.
         DataError: tokens that the vocabulary does not have, or a store without text.
         ShapeError: a mask that does not fit the store.
         UnknownHookError: a site that is not stored.

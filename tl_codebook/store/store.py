@@ -27,6 +27,7 @@ from tl_codebook.store.manifest import (
     open_array,
     read_manifest,
 )
+from tl_codebook.store.text import Vocabulary, load_vocabulary
 
 __all__ = ["CodeStore", "Context"]
 
@@ -80,7 +81,6 @@ class CodeStore:
         """First position of each sequence, and `n_tokens`."""
         if self.starts[0] != 0 or self.starts[-1] != self.n_tokens:
             raise CheckpointError(f"{self.path / STARTS} does not go from 0 to {self.n_tokens}, the number of tokens. {AGAIN}")
-        self._ids: dict[str, np.ndarray] = {}
         self._index: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def __repr__(self) -> str:
@@ -112,6 +112,11 @@ class CodeStore:
     def nbytes(self) -> int:
         """Return the bytes that all files take."""
         return sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary | None:
+        """The bytes of each token; None where the store was collected without a tokenizer."""
+        return load_vocabulary(self.path)
 
     @cached_property
     def dataset(self) -> Any:
@@ -200,10 +205,8 @@ class CodeStore:
 
     def ids(self, site: str | Address) -> UInt[np.ndarray, "token group k"]:
         """Return the ids of a site at every position, mapped into memory; the value `n_codes` stands for no code."""
-        book = self.book(site)
-        if book.label not in self._ids:
-            self._ids[book.label] = open_array(self.path / book.ids_file, book.dtype, (self.n_tokens, book.n_groups, book.k))
-        return self._ids[book.label]
+        book = self.book(site)  # opened anew each time: what was read of a map that nobody holds takes no memory
+        return open_array(self.path / book.ids_file, book.dtype, (self.n_tokens, book.n_groups, book.k))
 
     def _index_of(self, book: StoredBook) -> tuple[Int64[np.ndarray, " code_and_one"], UInt[np.ndarray, " entry"]]:
         if book.label not in self._index:
