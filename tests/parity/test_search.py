@@ -12,8 +12,9 @@ from tests.parity.golden import SITES, place_of
 from tests.unit.search_store import MemoryStore
 from tl_codebook.names import Address, Code, codes_hook
 from tl_codebook.store.concepts import match_text
+from tl_codebook.store.counting import code_counts
 from tl_codebook.store.neurons import compare_with_neurons
-from tl_codebook.store.search import CodeHit, code_counts, search_codes
+from tl_codebook.store.search import CodeHit, search_codes
 from tl_codebook.store.text import check_text, vocabulary_of
 
 CASES = ["ascii_group_attn", "ascii_vanilla_mlp"]

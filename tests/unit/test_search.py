@@ -17,8 +17,9 @@ from tl_codebook.experiments.tokfsm import best_neurons, choose_codes, code_tabl
 from tl_codebook.names import Code, input_hook
 from tl_codebook.store import collect_codes
 from tl_codebook.store.concepts import Searchable, concept_positions, match_text
+from tl_codebook.store.counting import code_counts
 from tl_codebook.store.neurons import compare_with_neurons, neuron_activations
-from tl_codebook.store.search import code_counts, codes_of_example, search_codes
+from tl_codebook.store.search import codes_of_example, search_codes
 from tl_codebook.store.text import Vocabulary, load_vocabulary
 
 WORDS = ["<bos>", "New", " York", " Haven", " is", " a", " city", ".", "the", " the", "re"]
@@ -356,6 +357,21 @@ def test_sites(store):
 def test_options_that_cannot_be(store, option):
     with pytest.raises(ConfigError, match=f"{next(iter(option))}="):
         search_codes(store, "the", **option)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_shift_marks_the_token_before_or_after_within_the_sequence(store):
+    wanted = tokens_of(" York")
+    rows = [range(where.start, where.stop) for where in map(store.sequence, range(store.n_sequences))]
+    for shift in (-1, 2):
+        moved = [p + shift for row in rows for p in row if p + shift in row and store.flat[p] in wanted]
+        mask = np.isin(np.arange(store.n_tokens), moved)
+        assert 0 < mask.sum() < len(concept_positions(store, wanted)) or shift == -1
+        assert search_codes(store, wanted, shift=shift, n=None) == search_codes(store, mask, n=None)
+    opening = np.isin(np.arange(store.n_tokens), store.starts[:-1])
+    assert search_codes(store, opening, shift=-1) == []  # nothing is before the first token of a sequence
+    with pytest.raises(ConfigError, match=r"shift=0.5 was asked for"):
+        search_codes(store, [1], shift=0.5)
 
 
 def test_special_tokens(store):

@@ -9,20 +9,21 @@ from tl_codebook.lazy import loaded_on_use
 if TYPE_CHECKING:
     from tl_codebook.store.collect import collect_codes
     from tl_codebook.store.concepts import Matches, concept_positions, match_text
+    from tl_codebook.store.counting import CodeCounts, code_counts
     from tl_codebook.store.neurons import CodeBesideNeuron, compare_with_neurons, neuron_activations
-    from tl_codebook.store.search import CodeCounts, CodeHit, code_counts, codes_of_example, search_codes
+    from tl_codebook.store.search import CodeHit, codes_of_example, search_codes
     from tl_codebook.store.store import CodeStore, Context
     from tl_codebook.store.text import Vocabulary, vocabulary_of
 
 _HOME = {
     "CodeBesideNeuron": "neurons",
-    "CodeCounts": "search",
+    "CodeCounts": "counting",
     "CodeHit": "search",
     "CodeStore": "store",
     "Context": "store",
     "Matches": "concepts",
     "Vocabulary": "text",
-    "code_counts": "search",
+    "code_counts": "counting",
     "codes_of_example": "search",
     "collect_codes": "collect",
     "compare_with_neurons": "neurons",
