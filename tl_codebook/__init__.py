@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from tl_codebook.convert.export import export_hf
     from tl_codebook.convert.huggingface import load_hf
     from tl_codebook.convert.inside import attach_hf
+    from tl_codebook.describe.labels import label_codes
+    from tl_codebook.describe.page import describe_code
     from tl_codebook.graphs.coactivation import coactivation_graph
     from tl_codebook.graphs.flips import flip_rate
     from tl_codebook.graphs.patching import patch_effects
@@ -30,6 +32,12 @@ if TYPE_CHECKING:
     from tl_codebook.store.search import codes_of_example, search_codes
     from tl_codebook.store.store import CodeStore
     from tl_codebook.training import CodebookTrainer, CodebookTrainingConfig, initialise_codes_, load_dataset_from
+    from tl_codebook.views.attention import show_attention
+    from tl_codebook.views.drawing import show_graph
+    from tl_codebook.views.examples import show_examples
+    from tl_codebook.views.matrix import show_code_heatmap
+    from tl_codebook.views.texts import show_codes
+    from tl_codebook.views.view import View
 
 __version__ = "0.1.0"
 
@@ -42,6 +50,7 @@ _HOME = {
     "CodebookTrainer": "training",
     "CodebookTrainingConfig": "training",
     "Codebooks": "checkpoint",
+    "View": "views.view",
     "attach": "attachment",
     "attach_hf": "convert.inside",
     "ban_code": "interventions",
@@ -51,12 +60,14 @@ _HOME = {
     "collect_codes": "store.collect",
     "compare_with_neurons": "store.neurons",
     "count_usage": "contexts",
+    "describe_code": "describe.page",
     "detach": "attachment",
     "export_hf": "convert.export",
     "fingerprint": "basis",
     "flip_rate": "graphs.flips",
     "force_code": "interventions",
     "initialise_codes_": "training",
+    "label_codes": "describe.labels",
     "load": "checkpoint",
     "load_codebook_features": "convert.codebook_features",
     "load_dataset_from": "training",
@@ -67,6 +78,11 @@ _HOME = {
     "refresh": "attachment",
     "save": "checkpoint",
     "search_codes": "store.search",
+    "show_attention": "views.attention",
+    "show_code_heatmap": "views.matrix",
+    "show_codes": "views.texts",
+    "show_examples": "views.examples",
+    "show_graph": "views.drawing",
     "sites": "attachment",
     "steer": "steering",
     "swap_codes": "interventions",
@@ -81,6 +97,7 @@ __all__ = [
     "CodebookTrainer",
     "CodebookTrainingConfig",
     "Codebooks",
+    "View",
     "attach",
     "attach_hf",
     "ban_code",
@@ -90,12 +107,14 @@ __all__ = [
     "collect_codes",
     "compare_with_neurons",
     "count_usage",
+    "describe_code",
     "detach",
     "export_hf",
     "fingerprint",
     "flip_rate",
     "force_code",
     "initialise_codes_",
+    "label_codes",
     "load",
     "load_codebook_features",
     "load_dataset_from",
@@ -106,6 +125,11 @@ __all__ = [
     "refresh",
     "save",
     "search_codes",
+    "show_attention",
+    "show_code_heatmap",
+    "show_codes",
+    "show_examples",
+    "show_graph",
     "sites",
     "steer",
     "swap_codes",

@@ -97,6 +97,9 @@ def test_help_of_a_verb(verb, capsys):
         "tokfsm": "mini (20 states, 2 layers; minutes) or paper (100 states, 4 layers; hours on a CPU)",
         "train": "Hugging Face folder or hub name",
         "collect": "folder that tl_codebook.save (or tl-codebook train) wrote",
+        "search": "the codes fire on its group",
+        "describe": "label of a code, such as L3.mlp_out:417",
+        "graph": "for Gephi, Cytoscape or networkx",
         "convert": "the model that codebook-features wrapped: folder or hub name",
         "bench": "Groups, width of a group, codes, k: 12x64x10000x8",
     }

@@ -15,6 +15,9 @@ VERBS = {
     "tokfsm": "Train a model and its codes on a finite state machine, and check the codes against it. Nothing to download.",
     "train": "Attach codebooks to a language model, train them, and report what they cost.",
     "collect": "Run a codebook model over texts and write down which codes fire where, in a store that searches read.",
+    "search": "Find the codes of a store that stand for a regular expression, for tokens, or for one example.",
+    "describe": "Say what a code stands for and does, or label all codes of a store.",
+    "graph": "Join the codes of a store that fire together more often than chance has it.",
     "convert": "Bring in a checkpoint of codebook-features, or take a trained model back to Hugging Face.",
     "bench": "Measure what a snap costs on this machine, beside the plain ways to write it.",
 }

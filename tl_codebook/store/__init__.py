@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tl_codebook.store.neurons import CodeBesideNeuron, compare_with_neurons, neuron_activations
     from tl_codebook.store.search import CodeHit, codes_of_example, search_codes
     from tl_codebook.store.store import CodeStore, Context
+    from tl_codebook.store.tables import write_csv
     from tl_codebook.store.text import Vocabulary, vocabulary_of
 
 _HOME = {
@@ -32,6 +33,7 @@ _HOME = {
     "neuron_activations": "neurons",
     "search_codes": "search",
     "vocabulary_of": "text",
+    "write_csv": "tables",
 }
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "neuron_activations",
     "search_codes",
     "vocabulary_of",
+    "write_csv",
 ]
 
 __getattr__, __dir__ = loaded_on_use(__name__, _HOME, globals())

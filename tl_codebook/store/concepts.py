@@ -258,6 +258,7 @@ def concept_positions(
     *,
     at: At = "first",
     group: int | str | None = None,
+    shift: int = 0,
     timeout: float = 2.0,
     vocabulary: Vocabulary | None = None,
 ) -> Int64[np.ndarray, " position"]:
@@ -269,9 +270,10 @@ def concept_positions(
             or a mask of bools, one for each position of the store [token] or, where all sequences are of one length, [sequence pos].
         at: Which tokens of a match are marked: the one it begins in, the one it ends in, or all.
         group, timeout, vocabulary: As for `match_text`.
+        shift: Mark the token so many positions later (earlier, where negative) in the same sequence instead; none where there is none.
 
     Raises:
-        ConfigError: a query, group or `at` that cannot be.
+        ConfigError: a query, group, shift or `at` that cannot be.
         SearchTimeoutError: a pattern that takes longer than `timeout`.
         DataError: a token that the vocabulary does not have, or a store without text.
         ShapeError: a mask that does not fit the store.
@@ -283,6 +285,14 @@ def concept_positions(
     >>> concept_positions(store, "w4"), concept_positions(store, [3, 6])
     (array([2, 6]), array([1, 5]))
     """
+    if isinstance(shift, bool) or not isinstance(shift, int):
+        raise ConfigError(f"shift={shift!r} was asked for. Give a whole number of positions, negative for earlier ones.")
+    return _shifted(store, _positions(store, query, at, group, timeout, vocabulary), shift)
+
+
+def _positions(
+    store: Searchable, query: Query, at: At, group: int | str | None, timeout: float, vocabulary: Vocabulary | None
+) -> Int64[np.ndarray, " position"]:
     if isinstance(query, str | re.Pattern | regex.Pattern):
         query = match_text(store, query, group=group, timeout=timeout, vocabulary=vocabulary)
     if isinstance(query, Matches):
@@ -308,6 +318,17 @@ def concept_positions(
         )
     parts = [start + np.flatnonzero(np.isin(store.tokens(start, stop), wanted)) for _, start, stop in _blocks(store)]
     return np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
+
+
+def _shifted(store: Searchable, positions: Int64[np.ndarray, " position"], shift: int) -> Int64[np.ndarray, " moved"]:
+    """Move positions, and leave out those that would leave their sequence."""
+    if not shift or not len(positions):
+        return positions
+    moved = positions + shift
+    inside = (moved >= 0) & (moved < store.n_tokens)
+    positions, moved = positions[inside], moved[inside]
+    bounds = np.array([store.sequence(i).start for i in range(store.n_sequences)])
+    return moved[np.searchsorted(bounds, positions, side="right") == np.searchsorted(bounds, moved, side="right")]
 
 
 def _ids_of(store: Searchable, texts: Sequence[str], vocabulary: Vocabulary | None) -> list[int]:

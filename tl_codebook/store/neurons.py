@@ -155,6 +155,7 @@ def compare_with_neurons(
     min_recall: float = 0.01,
     at: At = "first",
     group: int | str | None = None,
+    shift: int = 0,
     special: bool = False,
     timeout: float = 2.0,
     vocabulary: Vocabulary | None = None,
@@ -174,7 +175,7 @@ def compare_with_neurons(
             store.
         hits: The codes, of a search for this query; by default the best `n` are searched for, by precision as in the paper.
         n, sites, by, min_recall: Of that search, as for `search_codes`.
-        at, group, special, timeout, vocabulary: As for `search_codes`.
+        at, group, shift, special, timeout, vocabulary: As for `search_codes`.
 
     Raises:
         ConfigError: as for `search_codes`.
@@ -193,7 +194,7 @@ def compare_with_neurons(
     """
     if not (activations.hooks if isinstance(activations, NeuronSource) else activations):
         raise DataError("no activations were given, so that there is no neuron to choose. Give those of one site or more.")
-    positions = concept_positions(store, query, at=at, group=group, timeout=timeout, vocabulary=vocabulary)
+    positions = concept_positions(store, query, at=at, group=group, shift=shift, timeout=timeout, vocabulary=vocabulary)
     if hits is None:
         mask = np.zeros(store.n_tokens, bool)
         mask[positions] = True

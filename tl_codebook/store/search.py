@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
-from jaxtyping import Int64
 
 from tl_codebook.errors import ConfigError, DataError, LabelError, PositionError, UnknownHookError, check_whole, nearest
 from tl_codebook.names import SITES, Address, Code, split_hook_name
@@ -147,24 +146,10 @@ def search_codes(
     """
     _check_options(by, min_precision, min_recall, n)
     chosen = _chosen(store, sites)
-    if isinstance(shift, bool) or not isinstance(shift, int):
-        raise ConfigError(f"shift={shift!r} was asked for. Give a whole number of positions, negative for earlier ones.")
-    positions = concept_positions(store, query, at=at, group=group, timeout=timeout, vocabulary=vocabulary)
-    positions = _shifted(store, positions, shift)
+    positions = concept_positions(store, query, at=at, group=group, shift=shift, timeout=timeout, vocabulary=vocabulary)
     if len(positions) and not special and store.is_special()[positions].all():
         raise DataError("the concept holds at special tokens alone, which are not counted. Say special=True to count them.")
     return _ranked(store, chosen, positions, by, min_precision, min_recall, n, n_slots, special)
-
-
-def _shifted(store: Searchable, positions: Int64[np.ndarray, " position"], shift: int) -> Int64[np.ndarray, " moved"]:
-    """Move positions, and leave out those that would leave their sequence."""
-    if not shift or not len(positions):
-        return positions
-    moved = positions + shift
-    inside = (moved >= 0) & (moved < store.n_tokens)
-    positions, moved = positions[inside], moved[inside]
-    bounds = np.array([store.sequence(i).start for i in range(store.n_sequences)])
-    return moved[np.searchsorted(bounds, positions, side="right") == np.searchsorted(bounds, moved, side="right")]
 
 
 def codes_of_example(
