@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -301,11 +302,19 @@ def match_sites(model: Any, names: str | Iterable[str] | None = None) -> list[Co
     if names is None:
         return list(points.values())
     found: dict[str, CodebookPoint] = {}
-    for name in [names] if isinstance(names, str) else names:
+    asked = [names] if isinstance(names, str) else list(names) if isinstance(names, Iterable) else [names]
+    for name in asked:
+        if not isinstance(name, str):
+            raise UnknownHookError(f"a site was given as {name!r:.60}. Give hook names, addresses ('L3.mlp_out') or sites ('z').")
         if name in SITES:
             matching = [n for n in points if split_hook_name(n)[1] == name]
         elif name.startswith("L"):
-            matching = [n for n in points if n == Address.parse(name).hook_name]
+            address = Address.parse(name)
+            if address.group is not None:
+                raise UnknownHookError(
+                    f"{name!r} is one group of a codebook; here a whole one is meant. Say {str(replace(address, group=None))!r}."
+                )
+            matching = [n for n in points if n == address.hook_name]
         else:
             matching = [n for n in points if n == name or (name in model.hook_dict and model.hook_dict[name] is points[n])]
         if not matching:

@@ -35,6 +35,8 @@ __all__ = [
     "replace_json",
     "replace_text",
     "resolve",
+    "strict_json",
+    "target_file",
     "write_folder",
     "write_tensors",
 ]
@@ -76,6 +78,29 @@ def check_writable(folder: str | Path, *, overwrite: bool, create: bool = True) 
     return folder
 
 
+def target_file(path: str | Path, overwrite: bool) -> Path:
+    """Return a file that may be written, before any work is done for it.
+
+    Raises:
+        CheckpointExistsError: the file exists, or a link of this name, wherever it leads; and `overwrite` was not said.
+        CheckpointError: no file can be called so, a folder is, or its folder cannot be made or written to.
+
+    >>> target_file(tmp_path / "codes.csv", overwrite=False).name
+    'codes.csv'
+    """
+    target = as_path(path)
+    try:
+        there = _is_there(target)
+    except OSError as error:
+        raise CheckpointError(f"{str(target)[:200]!r} is no name of a file ({error.strerror}). Choose another.") from error
+    if there and target.is_dir():
+        raise CheckpointError(f"{target} is a folder. Give the name of a file.")
+    if there and not overwrite:
+        raise CheckpointExistsError(f"{target} exists. Choose another name, or say overwrite=True.")
+    check_writable(target.parent, overwrite=True)
+    return target
+
+
 def _try(folder: Path) -> None:
     trial = folder / f".trial-{secrets.token_hex(4)}"
     trial.touch()
@@ -106,7 +131,8 @@ def made(folder: Path) -> Iterator[None]:
 
 
 def _atomically(target: Path, write: Callable[[Path], None]) -> None:
-    temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    # Of the name only a part, so that where the target's own name is short enough this one is too.
+    temporary = target.with_name(f".{target.name[:40]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         write(temporary)
         with open(temporary, "rb") as file:
@@ -213,24 +239,40 @@ def remove_stale(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
-def read_json(path: Path, again: str = "Write it again with tl_codebook.save.") -> dict[str, Any]:
-    """Read a JSON object strictly: no duplicate keys, no NaN. `again` is what errors advise."""
+def strict_json(text: str, source: str | Path, advice: str) -> Any:
+    """Return the value of a JSON text without repeated keys, NaN or infinity; errors say where it is from, and what to do.
+
+    Raises:
+        CheckpointError: a key that stands twice in an object, or NaN or infinity.
+        ValueError, RecursionError: no JSON.
+
+    >>> strict_json('{"k": 8}', "manifest.json", "Copy it again.")
+    {'k': 8}
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        twice = sorted({key for key in keys if keys.count(key) > 1})
-        if twice:
-            raise CheckpointError(f"{path}: the key {twice[0]!r} stands there twice. {again}")
-        return dict(pairs)
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise CheckpointError(f"{source}: the key {key!r:.80} stands there twice. {advice}")
+            found[key] = value
+        return found
 
-    def no_constant(text: str) -> Any:
-        raise CheckpointError(f"{path}: {text} is no JSON value. {again}")
+    def no_constant(name: str) -> Any:
+        raise CheckpointError(f"{source}: {name} is no JSON value. {advice}")
 
+    return json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
+
+
+def read_json(path: Path, again: str = "Write it again with tl_codebook.save.") -> dict[str, Any]:
+    """Read a JSON object strictly: no duplicate keys, no NaN. `again` is what errors advise."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique, parse_constant=no_constant)
+        content = strict_json(path.read_text(encoding="utf-8"), path, again)
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} holds no {path.name}. Give a folder written by tl_codebook.save.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, a number of thousands of digits
         raise CheckpointError(f"{path} cannot be read as JSON ({error}). It is incomplete or damaged: copy it again.") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not an object. {again}")
@@ -249,9 +291,12 @@ def resolve(folder: Path, name: Any) -> Path:
     roots = [folder.resolve()]
     if folder.absolute().parent.name == "snapshots":  # the cache of the hub: its folders hold links to ../../blobs
         roots.append(folder.resolve().parent.parent / "blobs")
-    for one in [path, *path.rglob("*")] if path.is_dir() else [path]:
-        if not any(one.resolve().is_relative_to(root) for root in roots):
-            raise CheckpointError(f"{one} is a link to {one.resolve()}, outside the checkpoint. Copy the file itself.")
+    try:
+        for one in [path, *path.rglob("*")] if path.is_dir() else [path]:
+            if not any(one.resolve().is_relative_to(root) for root in roots):
+                raise CheckpointError(f"{one} is a link to {one.resolve()}, outside the checkpoint. Copy the file itself.")
+    except (OSError, RuntimeError) as error:  # links in a circle
+        raise CheckpointError(f"{path} cannot be followed ({error}). Copy the files themselves.") from error
     return path
 
 

@@ -12,7 +12,7 @@ import operator
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from tl_codebook.errors import InvalidCodeError, LabelError, nearest
 
@@ -64,8 +64,8 @@ CODES, INPUT = "hook_codes", "hook_x"
 """The hook points under a site: the ids, and what goes into the codebook."""
 
 _SITE_OF = {tail: site for site, tail in SITES.items()}
-_BLOCK = re.compile(r"blocks\.(\d+)\.([A-Za-z_][\w.]*)", re.ASCII)
-_ADDRESS = re.compile(r"(?:L(?P<layer>\d+)\.)?(?P<site>[A-Za-z_]\w*(?:\.(?:\d+\.)?[A-Za-z_]\w*)*)(?:\.(?P<group>\d+))?", re.ASCII)
+_BLOCK = re.compile(r"blocks\.(\d{1,18})\.([A-Za-z_][\w.]*)", re.ASCII)
+_ADDRESS = re.compile(r"(?:L(?P<layer>\d{1,18})\.)?(?P<site>[A-Za-z_]\w*(?:\.(?:\d+\.)?[A-Za-z_]\w*)*)(?:\.(?P<group>\d{1,18}))?", re.ASCII)
 
 
 def hook_name(layer: int | None, site: str) -> str:
@@ -207,7 +207,7 @@ class Code:
     def parse(cls, label: str) -> Code:
         """Read a label such as ``L5.z.2:88``."""
         place, colon, number = label.rpartition(":")
-        if not colon or not number.isascii() or not number.isdigit():
+        if not colon or not number.isascii() or not number.isdigit() or len(number) > 18:
             raise LabelError(f"cannot read {label!r} as a code. Write '<address>:<code>', such as 'L3.mlp_out:417' or 'L5.z.2:88'.")
         address = Address.parse(place)
         return cls(address.layer, address.site, address.group, int(number))
@@ -241,7 +241,17 @@ class Code:
         return self._order() < other._order()
 
 
-CodeLike = Code | str
+@runtime_checkable
+class AboutCode(Protocol):
+    """A row about one code, such as a hit of a search: it stands for the code."""
+
+    @property
+    def code(self) -> Any:
+        """Return the code."""
+
+
+CodeLike = Code | str | AboutCode
+"""A code, its label, or a row about it."""
 
 
 def as_address(
@@ -272,8 +282,10 @@ def as_address(
 
 
 def as_code(code: Any = None, **parts: Any) -> Code:
-    """Return a `Code` from a `Code`, a label, or ``layer= site= group= code=`` (``head=`` is ``group=``)."""
+    """Return a `Code` from a `Code`, a label, a row about one, or ``layer= site= group= code=`` (``head=`` is ``group=``)."""
     given = any(value is not None for value in parts.values())
+    if isinstance(getattr(code, "code", None), Code):
+        code = code.code
     if isinstance(code, Code) and not given:
         return code
     if isinstance(code, Code) or (isinstance(code, str) and ":" in code):

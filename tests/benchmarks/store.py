@@ -118,11 +118,11 @@ def collect(folder: Path, n_tokens: int) -> dict:
 def read(folder: Path, seed: int) -> dict:
     """Open the store, ask the queries, and turn to pages of codes chosen at random, and of those in most use."""
     from tl_codebook.describe import describe_code
-
     from tl_codebook.store import match_text, search_codes
 
+    opener = tlc.CodeStore  # loaded on use: not counted
     began = time.perf_counter()
-    store = tlc.CodeStore(folder / "store")
+    store = opener(folder / "store")
     opened = time.perf_counter() - began
     queries = {}
     for name, pattern in QUERIES.items():
@@ -160,9 +160,29 @@ def read(folder: Path, seed: int) -> dict:
     }
 
 
+def graph(seed: int) -> dict:
+    """Count pairs of codes of two sites in two million tokens, k=8, codes drawn with frequencies that fall as 1 / rank."""
+    from tests.unit.stored_codes import StoredCodes
+
+    rng, found = np.random.default_rng(seed), {}
+    for n_codes in (1024, 10_000):
+        rates = 1 / np.arange(1, n_codes + 1)
+        ids = [rng.choice(n_codes, (2_000_000, 1, 8), p=rates / rates.sum()).astype(np.uint16) for _ in range(2)]
+        ids[1][:, 0, 0] = ids[0][:, 0, 0]  # every code goes with the one of its number
+        store = StoredCodes({f"blocks.{i}.hook_mlp_out": each for i, each in enumerate(ids)}, n_codes)
+        for name in store.sites:
+            store.counts(name)  # builds the index, which a store on disk has
+        began = time.perf_counter()
+        made = tlc.coactivation_graph(store, progress=False, max_edges=n_codes)
+        seconds = time.perf_counter() - began
+        own = sum(made.has_edge(tlc.Code(0, "mlp_out", None, i), tlc.Code(1, "mlp_out", None, i)) for i in range(n_codes))
+        found[str(n_codes)] = {"seconds": seconds, "n_significant": made.graph["n_significant"], "own": own}
+    return found | {"peak_bytes": peak_bytes()}
+
+
 def table(results: dict) -> str:
     of, reading = results["collect"], results["read"]
-    lines = ["| a million tokens, 360 codes a token | |", "|---|---|"]
+    lines = ["| a million tokens, 360 codes each | |", "|---|---|"]
     lines.append(
         f"| collect, beside the forward pass of the same batches | {of['seconds_collect']:.0f} s beside {of['seconds_forward']:.0f} s: "
         f"**{of['speed_of_forward']:.0%}** of its speed |"
@@ -178,8 +198,12 @@ def table(results: dict) -> str:
     for name, row in reading["pages"].items():
         took = f"median {1e3 * row['median']:.0f} ms, at most {1e3 * row['most']:.0f} ms"
         lines.append(f"| a page of a code, {row['n']} codes {name} | {took} |")
-    peaks = f"collecting {of['peak_bytes'] / 1e9:.2f} GB, reading {reading['peak_bytes'] / 1e9:.2f} GB"
+    peaks = f"collecting {of['peak_bytes'] / 1e9:.2f} GB, searching and pages {reading['peak_bytes'] / 1e9:.2f} GB"
     lines.append(f"| peak of memory, mapped files included | {peaks} |")
+    pairs = {name: row for name, row in results["graph"].items() if name.isdecimal()}
+    for name, row in pairs.items():
+        took = f"**{row['seconds']:.1f} s**, {row['n_significant']:,} edges that chance does not explain"
+        lines.append(f"| co-activation graph of two sites of {int(name):,} codes, k=8, two million drawn positions | {took} |")
     at = results["where"]
     lines.append("")
     lines.append(
@@ -197,7 +221,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="keep the model and the store here, and use them where they are there")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--part", choices=["collect", "read"], help="run one part alone, and print it as JSON")
+    parser.add_argument("--part", choices=["collect", "read", "graph"], help="run one part alone, and print it as JSON")
     parser.add_argument("--table", action="store_true")
     asked = parser.parse_args()
     if asked.table:
@@ -205,15 +229,15 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     if asked.part:
-        part = collect(asked.folder, asked.tokens) if asked.part == "collect" else read(asked.folder, asked.seed)
-        print(json.dumps(part))
+        parts = {"collect": lambda: collect(asked.folder, asked.tokens), "read": lambda: read(asked.folder, asked.seed)}
+        print(json.dumps((parts | {"graph": lambda: graph(asked.seed)})[asked.part]()))
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = asked.folder or Path(temporary)
         if not (folder / "model").exists():
             make_model(folder / "model", asked.seed)
         parts = {}
-        for part in ("collect", "read"):
+        for part in ("collect", "read", "graph"):
             argv = ["--part", part, "--folder", str(folder), "--tokens", str(asked.tokens), "--seed", str(asked.seed)]
             done = subprocess.run([sys.executable, "-m", "tests.benchmarks.store", *argv], capture_output=True, text=True, check=False)
             if done.returncode:

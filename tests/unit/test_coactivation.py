@@ -147,6 +147,28 @@ def test_only_the_strongest_edges_on_request():
     assert few.graph["n_significant"] == every.number_of_edges()
 
 
+def test_pairs_tested_a_few_at_a_time_give_the_same_graph(monkeypatch):
+    store = make_store()
+    whole = coactivation_graph(store, min_count=1, fdr=0.2, progress=False)
+    monkeypatch.setattr("tl_codebook.graphs.coactivation._PAIRS_AT_ONCE", 5)
+    parts = coactivation_graph(store, min_count=1, fdr=0.2, progress=False)
+    assert nx.utils.graphs_equal(whole, parts)
+    assert whole.number_of_edges() > 0
+
+
+def test_more_than_fits_the_memory_is_refused(monkeypatch):
+    store = make_store()
+    n = coactivation_graph(store, min_count=1, fdr=1, progress=False).number_of_edges()
+    monkeypatch.setattr("tl_codebook.graphs.coactivation._MOST_EDGES", n - 1)
+    with pytest.raises(ConfigError, match=rf"^{n} pairs of codes .* Keep the strongest with max_edges= \(at most {n - 1}\)"):
+        coactivation_graph(store, min_count=1, fdr=1, progress=False)
+    assert coactivation_graph(store, min_count=1, fdr=1, max_edges=n - 1, progress=False).number_of_edges() == n - 1
+    monkeypatch.setattr("tl_codebook.graphs.coactivation._PAIRS_AT_ONCE", 5)
+    monkeypatch.setattr("tl_codebook.graphs.coactivation._MOST_PAIRS", 20)
+    with pytest.raises(ConfigError, match=r"more than 20 pairs of codes .* Give fewer sites, a larger min_count, or a smaller fdr"):
+        coactivation_graph(store, min_count=1, fdr=1, progress=False)
+
+
 @pytest.mark.parametrize("statistic", ["lift", "jaccard", "mi", "cond_prob"])
 def test_the_weight_is_the_statistic_asked_for(statistic):
     graph = coactivation_graph(make_store(), [OUT, LATE], lag=1, min_count=1, fdr=1, statistic=statistic, progress=False)
@@ -155,7 +177,7 @@ def test_the_weight_is_the_statistic_asked_for(statistic):
         both, a, b = edge["count"], edge["earlier_count"], edge["later_count"]
         if statistic == "mi":
             cells = [(both, a, b), (a - both, a, n - b), (b - both, n - a, b), (n - a - b + both, n - a, n - b)]
-            expected = sum(x / n * math.log(x * n / (p * q)) for x, p, q in cells if x)
+            expected = sum(x / n * math.log2(x * n / (p * q)) for x, p, q in cells if x)
         else:
             expected = {"lift": both * n / a / b, "jaccard": both / (a + b - both), "cond_prob": both / a}[statistic]
         assert edge["weight"] == pytest.approx(expected, rel=1e-9, abs=1e-12)
@@ -174,7 +196,7 @@ def test_the_weight_is_the_statistic_asked_for(statistic):
         ({"max_edges": 0}, "max_edges=0 was asked for"),
         ({"statistic": "pmi"}, r"statistic='pmi' was asked for. Did you mean 'npmi'"),
         ({"sites": [OUT]}, f"sites {OUT} were asked for, of which none follows another. Give two or more that do"),
-        ({"sites": []}, "sites none were asked for"),
+        ({"sites": []}, "an empty list of sites"),
     ],
 )
 def test_options_out_of_range_are_refused(unchecked, options, message):
@@ -182,10 +204,31 @@ def test_options_out_of_range_are_refused(unchecked, options, message):
         coactivation_graph(make_store(), **options, progress=False)
 
 
+def test_an_address_with_a_group_means_the_codes_of_that_group_alone():
+    store = make_store()
+    whole = coactivation_graph(store, [Z, OUT], min_count=1, fdr=1, progress=False)
+    assert whole.graph["addresses"] == ["L0.z", "L0.mlp_out"]
+    part = coactivation_graph(store, ["L0.z.1", OUT], min_count=1, fdr=1, progress=False)
+    assert (part.graph["addresses"], part.graph["sites"]) == (["L0.z.1", "L0.mlp_out"], [Z, OUT])
+    of_group = {(a, b) for a, b in whole.edges if a.group == 1}
+    assert 0 < len(of_group) < whole.number_of_edges()
+    assert set(part.edges) == of_group
+    assert {end.group for edge in part.edges for end in edge} == {1, None}
+    assert all(part.edges[edge]["p_value"] == whole.edges[edge]["p_value"] for edge in part.edges)
+    # The tests of the other group are not made, and do not count in the q-values. Every code fires.
+    assert (whole.graph["n_tests"], part.graph["n_tests"]) == (2 * 5 * 7, 5 * 7)
+    later = coactivation_graph(store, ["L0.mlp_out", "L0.z.0", "L1.mlp_out"], lag=1, min_count=1, fdr=1, progress=False)
+    assert {code.group for code in later if code.site == "z"} == {0}
+    with pytest.raises(UnknownHookError, match=r"the store has no codes of 'L0.z.2'. .*L0.z has 2 groups, 0 to 1"):
+        coactivation_graph(store, ["L0.z.2", OUT])
+    with pytest.raises(ConfigError, match="of which none follows another"):
+        coactivation_graph(store, ["L0.z.0", "L0.z.1"])
+
+
 def test_a_site_without_codes_and_a_lag_that_is_too_long_are_refused():
     store = make_store()
     with pytest.raises(
-        UnknownHookError, match=r"no codes of 'blocks.1.hook_mlp_ou'. Did you mean .*It has codes of: blocks.0.attn.hook_z, blocks"
+        UnknownHookError, match=r"no codes of 'blocks.1.hook_mlp_ou'. Did you mean .*It has codes of: L0.z, L0.mlp_out, L1.mlp_out"
     ):
         coactivation_graph(store, [Z, "blocks.1.hook_mlp_ou"])
     with pytest.raises(UnknownHookError, match=r"the store has no codes of 'L3.mlp_out'"):

@@ -425,3 +425,65 @@ def test_one_writer_at_a_time(tmp_path):
         order.append("first")
     thread.join(timeout=30)
     assert order == ["first", "second"]
+
+
+# --- files that somebody names ---
+
+
+def test_a_file_that_may_be_written(tmp_path):
+    assert files.target_file(tmp_path / "a.csv", overwrite=False) == tmp_path / "a.csv"
+    assert files.target_file(str(tmp_path / "new" / "a.csv"), overwrite=False).parent.is_dir()
+    assert listing(tmp_path) == {}
+    (tmp_path / "old.csv").write_text("old")
+    assert files.target_file(tmp_path / "old.csv", overwrite=True) == tmp_path / "old.csv"
+    assert listing(tmp_path) == {"old.csv": b"old"}
+
+
+def test_files_that_may_not_be_written(tmp_path):
+    (tmp_path / "old.csv").write_text("old")
+    (tmp_path / "dangling.csv").symlink_to(tmp_path / "nowhere.csv")
+    (tmp_path / "loop.csv").symlink_to(tmp_path / "loop.csv")
+    for name in ("old.csv", "dangling.csv", "loop.csv"):
+        with pytest.raises(CheckpointExistsError, match=rf"{name} exists\. Choose another name, or say overwrite=True"):
+            files.target_file(tmp_path / name, overwrite=False)
+        assert files.target_file(tmp_path / name, overwrite=True).name == name
+    for path, message in [
+        (tmp_path, "is a folder. Give the name of a file"),
+        (tmp_path / ("x" * 300), "is no name of a file"),
+        (tmp_path / "a\0b", "is no name of a file"),
+        (tmp_path / "old.csv" / "a.csv", "cannot be written to"),
+        ("~nobody-of-this-name/a.csv", "is no name of a file"),
+    ]:
+        for overwrite in (False, True):
+            with pytest.raises(CheckpointError, match=message):
+                files.target_file(path, overwrite)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling.csv", "loop.csv", "old.csv"]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_file_in_a_folder_that_may_not_be_written(tmp_path):
+    (tmp_path / "closed").mkdir(mode=0o500)
+    with pytest.raises(CheckpointError, match="cannot be written to"):
+        files.target_file(tmp_path / "closed" / "a.csv", overwrite=False)
+
+
+def test_the_longest_name_can_be_written(tmp_path):
+    path = tmp_path / ("é" * 127)  # 254 bytes
+    files.replace_text(files.target_file(path, overwrite=False), "text")
+    assert listing(tmp_path) == {path.name: b"text"}
+
+
+def test_json_is_read_strictly(tmp_path):
+    for text, message in [
+        ('{"a": 1, "b": {"a": 2, "a": 3}}', r"x\.json: the key 'a' stands there twice\. Do this"),
+        ("[NaN]", r"x\.json: NaN is no JSON value\. Do this"),
+        ("[-Infinity]", "-Infinity is no JSON value"),
+    ]:
+        with pytest.raises(CheckpointError, match=message):
+            files.strict_json(text, "x.json", "Do this.")
+    assert files.strict_json('[{"a": 1}, {"a": 1}, null]', "x.json", "") == [{"a": 1}, {"a": 1}, None]
+    (tmp_path / "long.json").write_text('{"a": ' + "9" * 5000 + "}")
+    with pytest.raises(CheckpointError, match="cannot be read as JSON"):
+        files.read_json(tmp_path / "long.json")
+    (tmp_path / "many.json").write_text(json.dumps(dict.fromkeys(map(str, range(50_000)))))
+    assert len(files.read_json(tmp_path / "many.json")) == 50_000

@@ -44,6 +44,16 @@ def test_a_cause_makes_its_effect_appear(model):
     assert torch.equal(found.difference, found.after - found.before)
 
 
+def test_what_they_look_like(model):
+    rates = flips(model, ["L0.mlp_out:3", "L0.mlp_out:4"], ["L0.resid_post:3", "L0.resid_post:4"])
+    said = repr(rates).splitlines()
+    assert said[0] == "FlipRates of 2 causes and 2 effects, lag 0"
+    best = max(rates.rows(), key=lambda row: row.flipped)
+    assert said[1].startswith(f"  {best.cause} -> ")
+    assert f"flipped {best.flipped:.2f} of " in said[1]
+    assert len(said) == 5
+
+
 def test_each_cause_has_its_own_rows(model):
     causes = [f"L0.mlp_out:{n}" for n in (3, 4, 9)]
     effects = [Code(0, "resid_post", None, n) for n in (3, 4, 9)]

@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 
 from tests.unit.test_coactivation import LATE, OUT, Z, make_store
-from tl_codebook.errors import CheckpointError, CheckpointExistsError, ConfigError, DataError, InvalidCodeError, LabelError
+from tl_codebook.errors import (
+    CheckpointError,
+    CheckpointExistsError,
+    ConfigError,
+    DataError,
+    InvalidCodeError,
+    LabelError,
+    UnknownHookError,
+)
 from tl_codebook.graphs import (
     circuit_tracer_graph,
     coactivation_graph,
@@ -80,16 +88,28 @@ def test_paths_take_no_edge_without_weight_and_may_not_exist():
         code_paths(graph, target="L0.mlp_out:1")
     with pytest.raises(InvalidCodeError, match=r"L0.mlp_out:7 is no node of this graph, which has the 3 codes with an edge"):
         code_paths(graph, source="L0.mlp_out:7")
-    with pytest.raises(LabelError, match=r"a path through 'blocks.2.hook_mlp_out' was asked for.*The graph has codes of: blocks.0"):
+    with pytest.raises(UnknownHookError, match=r"the graph has no codes of 'L2.mlp_out'.*It has codes of: L0.mlp_out, L1.mlp_out"):
         code_paths(graph, sites=["L0.mlp_out", "L2.mlp_out"])
     with pytest.raises(ConfigError, match=r"but there is 1 site. Say which sites, two or more"):
         code_paths(graph, sites="L0.mlp_out")
+    with pytest.raises(UnknownHookError, match=r"L1.mlp_out has 1 group, 0"):
+        code_paths(graph, sites=["L0.mlp_out", "L1.mlp_out.1"])
     with pytest.raises(ConfigError, match=r"n=0 was asked for"):
         code_paths(graph, 0)
     graph.add_edge(Code(0, "q", 0, 1), code(1, 1), weight=1.0)
     graph.add_edge(Code(0, "k", 0, 1), code(1, 1), weight=1.0)
     with pytest.raises(ConfigError, match=r"hook_k' and .*hook_q' do not follow each other"):
         code_paths(graph)
+
+
+def test_paths_through_one_group_of_a_site():
+    graph = nx.DiGraph()
+    for group, weight in ((0, 0.9), (1, 0.4)):
+        graph.add_edge(Code(0, "z", group, 7), code(0, 1), weight=weight)
+    graph.add_edge(code(0, 1), code(1, 2), weight=0.5)
+    assert [str(path.codes[0]) for path in code_paths(graph)] == ["L0.z.0:7", "L0.z.1:7"]
+    (path,) = code_paths(graph, sites=["L0.z.1", "mlp_out"])
+    assert (path.codes, path.weights) == ((Code(0, "z", 1, 7), code(0, 1), code(1, 2)), (0.4, 0.5))
 
 
 def test_communities_are_what_was_planted_in_every_process():

@@ -58,7 +58,7 @@ BY_HAND = {  # of 20 places 5 have the one, 8 the other, 4 both
     "jaccard": 4 / 9,
     "cond_prob": 4 / 5,
     "npmi": math.log(2) / math.log(5),
-    "mi": 0.2 * math.log(2) + 0.05 * math.log(1 / 3) + 0.2 * math.log(2 / 3) + 0.55 * math.log(11 / 9),
+    "mi": (0.2 * math.log(2) + 0.05 * math.log(1 / 3) + 0.2 * math.log(2 / 3) + 0.55 * math.log(11 / 9)) / math.log(2),
 }
 
 
@@ -73,7 +73,7 @@ LIMITS = {  # never together; independent; the same places; everywhere
     "npmi": (-1, 0, 1, 1),
     "lift": (0, 1, 5, 1),
     "jaccard": (0, 0.25, 1, 1),
-    "mi": (0.2 * math.log(5 / 4) + 0.2 * math.log(5 / 4) + 0.6 * math.log(15 / 16), 0, math.log(5) / 5 + 0.8 * math.log(5 / 4), 0),
+    "mi": (0.4 * math.log2(5 / 4) + 0.6 * math.log2(15 / 16), 0, math.log2(5) / 5 + 0.8 * math.log2(5 / 4), 0),
     "cond_prob": (0, 0.4, 1, 1),
 }
 

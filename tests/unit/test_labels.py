@@ -478,6 +478,8 @@ def test_lookup():
     assert "L0.mlp_out:4" in labels
     assert "L0.mlp_out:5" not in labels
     assert rows[0] in labels
+    assert labels[Code.parse("L0.mlp_out:4")] is labels["L0.mlp_out:4"]
+    assert labels[np.int64(0)] is labels[0]
     assert labels.get("L0.mlp_out:5") is None
     with pytest.raises(InvalidCodeError, match=r"no label.*get"):
         labels["L0.mlp_out:5"]

@@ -221,6 +221,16 @@ def test_as_code_refuses_what_is_no_whole_number(number):
         as_code(number, layer=5, site="z", group=2)
 
 
+def test_a_row_about_a_code_stands_for_it():
+    class Hit:
+        code = Code.parse("L3.z.2:7")
+
+    assert as_code(Hit()) == Hit.code
+    assert as_codes(Hit()) == as_codes([Hit(), Code.parse("L3.z.2:8")])[:1] == (Hit.code,)
+    with pytest.raises(LabelError, match="given together with layer="):
+        as_code(Hit(), layer=3)
+
+
 def test_head_is_group():
     assert as_address(layer=5, site="z", head=2) == as_address(layer=5, site="z", group=2) == Address(5, "z", 2)
     assert as_address(layer=5, site="z", head=2, group=2) == Address(5, "z", 2)

@@ -1,5 +1,6 @@
 """Patching a model whose codes are known, and what is refused. Against runs one by one: tests/hosts/test_graphs.py."""
 
+import dataclasses
 import warnings
 
 import pytest
@@ -59,6 +60,14 @@ def test_by_group(model):
     found = effects(model, by="group")
     assert found.axes == (("L0.z.0", "L0.z.1", "L0.z.2", "L0.z.3", "L0.mlp_out", "L0.resid_post"),)
     close(found.recovered, [0, 0, 0, 0, 1, 1])
+    assert torch.equal(effects(model, by="head").recovered, found.recovered)
+
+
+def test_what_it_looks_like(model):
+    said = repr(effects(model, by="position")).splitlines()
+    assert said[0] == "PatchEffects by position (3 x 3): the metric is 1 clean, -1 corrupt"
+    assert said[1] in ("  L0.mlp_out@2: recovered +1.000", "  L0.resid_post@2: recovered +1.000")
+    assert len(said) == 6
 
 
 def test_by_position(model):
@@ -214,6 +223,7 @@ BAD = {
     ),
     "infinite": ({"metric": lambda logits: float("inf")}, NonFiniteError, r"the metric gave inf for the clean run"),
     "no function": ({"metric": 3}, ConfigError, r"metric is a int. Give a function from logits"),
+    "one group": ({"sites": ["L0.z.1"]}, ConfigError, r"'L0.z.1' was asked for, which is one group.* Give 'L0.z', with by='group'"),
     "no book": ({"sites": ["attn_out"]}, UnknownHookError, r"no codebook sits at 'attn_out'.*Codebooks sit at: blocks.0.attn.hook_z"),
     "no site": ({"sites": []}, ConfigError, r"sites is empty"),
     "text": ({"clean": "w3 w4"}, ConfigError, r"clean is text, but the model has no tokenizer"),
@@ -277,6 +287,9 @@ def test_plots(model):
     assert [bar.get_width() for bar in own.patches] == pytest.approx([0.5, 0.5], abs=1e-4)
     sites = effects(model).plot("into_corrupt")  # bars from where nothing is patched
     assert [(bar.get_x(), bar.get_width()) for bar in sites.patches][1] == (pytest.approx(-1, abs=1e-4), pytest.approx(2, abs=1e-4))
+    pyplot.close("all")
+    words = dataclasses.replace(found, words=("<s>", "a$", "b"))
+    assert [text.get_text() for text in words.plot().get_xticklabels()] == ["0 <s>", r"1 a\$", "2 b"]
     pyplot.close("all")
     with pytest.raises(ConfigError, match=r"values 'recoverd' were asked for. Did you mean 'recovered'\?"):
         found.plot("recoverd")

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,7 +61,7 @@ def test_a_search_is_that_of_the_library(call, store, name):
     found = json.loads(call("search", *options, "--json"))
     hits = tlc.search_codes(store, **{"n": 20} | same)
     assert found["hits"] == json.loads(json.dumps([dataclasses.asdict(hit) for hit in hits]))
-    assert found["n_found"] == len(hits) > 0
+    assert found["n_found"] == len(tlc.search_codes(store, **{**same, "n": None})) >= len(hits) > 0
 
 
 def test_a_search_for_people(call, store):
@@ -66,7 +69,7 @@ def test_a_search_for_people(call, store):
     best = tlc.search_codes(store, "w5 (w6)")[0]
     assert said[0].split() == ["code", "precision", "recall", "f1", "bits", "hits", "fires"]
     assert said[1].split()[:4] == [best.label, f"{best.precision:.1%}", f"{best.recall:.1%}", f"{best.f1:.3f}"]
-    assert said[-1].startswith("18 places; search ")
+    assert said[-1].startswith(f"2 of {len(tlc.search_codes(store, 'w5 (w6)', n=None))} codes; 18 places; search ")
     assert "no code was found" in call("search", "w60")
 
 
@@ -89,7 +92,7 @@ def test_a_table_of_a_search(call, tmp_path):
     head, first, *_ = (tmp_path / "hits.csv").read_text().splitlines()
     assert head.startswith("label,layer,site,group,precision,recall")
     assert first.split(",")[0].startswith("L")
-    assert "exists" in call("search", "w6", "--csv", tmp_path / "hits.csv", status=1)
+    assert "say --overwrite" in call("search", "w6", "--csv", tmp_path / "hits.csv", status=1)
     call("search", "w6", "--csv", tmp_path / "hits.csv", "--overwrite")
 
 
@@ -173,6 +176,13 @@ def test_what_is_printed_is_inert(folder, pattern, capsys):
     captured = capsys.readouterr()
     assert not set(captured.out + captured.err) & {chr(i) for i in range(32) if chr(i) != "\n"}
     assert "\u202e" not in captured.out + captured.err
+
+
+def test_a_reader_that_has_read_enough(folder):
+    program = f"{sys.executable} -m tl_codebook search {folder / 'store'} w6 --json --n 1000 | head -1"
+    done = subprocess.run(program, shell=True, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+    assert done.stdout == "{\n"
+    assert done.stderr == ""
 
 
 def test_a_folder_without_a_store(tmp_path, capsys):

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import tl_codebook as tlc
-from tests.benchmarks import snap, stories, tokfsm, tokfsm_ablation
+from tests.benchmarks import snap, store, stories, tokfsm, tokfsm_ablation
 from tests.tiny import write_hf_folder
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 TEXT = README.read_text(encoding="utf-8")
 TABLES = {
+    "store": lambda: store.table(json.loads(store.RESULTS.read_text())),
     "stories": lambda: stories.table(json.loads(stories.RESULTS.read_text())),
     "tokfsm": tokfsm.table,
     "tokfsm_ablation": lambda: tokfsm_ablation.table(json.loads(tokfsm_ablation.RESULTS.read_text())),
@@ -50,6 +51,28 @@ def test_the_code_for_models_from_elsewhere_runs(tmp_path, monkeypatch):
     exec(compile(code, "README.md", "exec"), names)
     assert set(names["books"]) == {f"blocks.{i}.{site}" for i in range(2) for site in ("attn.hook_z", "hook_mlp_out")}
     assert names["inside"].ids["blocks.0.hook_mlp_out"].shape == (1, 1, 2)  # the last of five steps with a KV cache
+
+
+def test_the_code_that_reads_codes_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    write_hf_folder(tmp_path / "base", "llama", num_hidden_layers=5)
+    model = tlc.load_hf("base")
+    tlc.attach(model, ["z", "mlp_out"], n_codes=16, k=2)
+    story = {"text": " ".join(f"w{5 + i % 7}" for i in range(40))}
+    (tmp_path / "stories.jsonl").write_text(f"{json.dumps(story)}\n" * 20)
+    tokens = model.to_tokens("w3 w4 w5 w6")
+    names = {"tlc": tlc, "torch": torch, "model": model, "tokens": tokens}
+    names |= {"clean": tokens, "corrupt": model.to_tokens("w3 w9 w5 w6"), "metric": lambda logits: logits[:, -1, 7].mean()}
+    code = blocks("python")[2].replace("Lily", "w6").replace("n_tokens=1_000_000", "n_tokens=600, progress=False")
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["hits"][0].precision > 0.1
+    assert names["before"][0].occurrences == names["hits"][0].occurrences
+    assert names["page"].effect.n_places > 0
+    assert names["effects"].into_corrupt.shape == (5, 5)
+    assert 0 <= names["rates"].flipped.item() <= 1
+    assert names["labels"].n_codes == 5 * (4 * 16 + 16)
+    assert "L1.mlp_out" in (tmp_path / "graph.html").read_text()
 
 
 def test_the_install_commands_name_files_that_are_there():

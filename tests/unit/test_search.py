@@ -233,6 +233,13 @@ def test_a_store_without_text():
     assert search_codes(store, [9])
 
 
+def test_a_mask_of_zeros_and_ones_is_not_taken_for_tokens(store):
+    mask = np.isin(np.arange(store.n_tokens), [3, 5])
+    assert search_codes(store, mask, n=3)
+    with pytest.raises(ConfigError, match="a 0 or 1 for each position of the store, which would be tokens 0 and 1"):
+        search_codes(store, mask.astype(int))
+
+
 def test_texts_and_sequences_without_a_token():
     ids = {MLP: np.zeros((3, 1, 1), int)}
     empty = MemoryStore([[], [1], [0], [], [1]], ids, 2, [b"", b"a"])
@@ -342,7 +349,7 @@ def test_sites(store):
     assert places("z") == places(Z) == places(["L0.z"]) == places(["L0.z.0", "L0.z"]) == {"L0.z.0", "L0.z.1"}
     assert places(["L0.z.1", "mlp_out"]) == {"L0.z.1", "L1.mlp_out"}
     for wrong in ("q", "L3.z", "L0.z.2", "blocks.0.hook_mlp_out", "nonsense:"):
-        with pytest.raises(UnknownHookError, match=f"no codes of '{wrong}' are stored"):
+        with pytest.raises(UnknownHookError, match=f"the store has no codes of '{wrong}'"):
             places(wrong)
     with pytest.raises(ConfigError, match="empty list of sites"):
         places([])
@@ -404,7 +411,10 @@ def test_a_table_of_hits(store):
 
 def test_codes_of_an_example(store):
     where = store.sequence(1)
-    hits = codes_of_example(store, 1, min_share=0.3)
+    assert [hit.mi for hit in codes_of_example(store, 1, min_share=0.3)] == sorted(
+        (hit.mi for hit in codes_of_example(store, 1, min_share=0.3)), reverse=True
+    )
+    hits = codes_of_example(store, 1, min_share=0.3, by="recall")
     assert hits
     for hit in hits:
         there = fires(store, hit.code.hook_name, hit.code.code, hit.group or 0)

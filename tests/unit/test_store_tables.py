@@ -112,13 +112,17 @@ def test_numbers_stay_numbers(value, cell, tmp_path):
         "{{7*7}}",
         "naïve 汉字 🎉",
         " = 1",
+        "no\u00a0break\u3000wide",
     ],
 )
 def test_other_text_is_kept(text, tmp_path):
     assert written(tmp_path, text, "next") == [text, "next"]
 
 
-@pytest.mark.parametrize(("text", "cell"), [("\x1b[31mred", r"\x1b[31mred"), ("a\0b", r"a\x00b"), ("\ud800", r"\ud800"), ("\x9b", r"\x9b")])
+@pytest.mark.parametrize(
+    ("text", "cell"),
+    [("\x1b[31mred", r"\x1b[31mred"), ("a\0b", r"a\x00b"), ("\ud800", r"\ud800"), ("\x9b", r"\x9b"), ("a\u202eb\u200b", r"a\u202eb\u200b")],
+)
 def test_control_characters_are_written_out(text, cell, tmp_path):
     assert written(tmp_path, text) == [cell]
 

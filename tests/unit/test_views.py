@@ -750,7 +750,7 @@ def test_codes_and_sites_that_are_not_there(model, store, unchecked):
             ("L5.mlp_out:0", UnknownHookError, "L0.mlp_out"),
             ("L5.mlp_out", UnknownHookError, "L0.mlp_out"),
             ("mlp_in", UnknownHookError, "L0.mlp_out"),
-            ("L0.z.9", UnknownHookError, "They go from 0"),
+            ("L0.z.9", UnknownHookError, "4 groups, 0 to 3"),
             ("L0.mlp_out:x", LabelError, "cannot read"),
             ([], LabelError, "list"),
             (["L0.mlp_out"], LabelError, "list"),

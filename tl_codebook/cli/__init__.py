@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
+import re
 import sys
 from collections.abc import Sequence
 
 from tl_codebook import __version__
+from tl_codebook.characters import without_hostile
 from tl_codebook.errors import CodebookError
 
 __all__ = ["VERBS", "main"]
@@ -37,9 +40,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             lines.insert(0, f"tl-codebook: no verb {arguments[0]!r}.")
         print("\n".join(lines), file=sys.stderr if wrong else sys.stdout)
         return 2 if wrong else 0
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character shows its number
     try:
         status: int = importlib.import_module(f"tl_codebook.cli.{arguments[0]}").run(arguments[1:])
+        sys.stdout.flush()
         return status
+    except BrokenPipeError:  # who read it has read enough, as head does; nothing is left to write at the end either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except CodebookError as error:
-        print(f"tl-codebook {arguments[0]}: {error}", file=sys.stderr)
+        said = re.sub(r"\b(overwrite|resume|measure)=True\b", r"--\1", str(error))
+        print("tl-codebook", f"{arguments[0]}:", without_hostile(said, keep="\n"), file=sys.stderr)
         return 1

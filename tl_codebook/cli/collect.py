@@ -77,9 +77,14 @@ def _device(asked: str | None) -> str:
     try:
         device = torch.device(asked)
     except RuntimeError:
-        raise ConfigError(f"--device {asked!r} is no device. Give cpu, cuda, or one of several such as cuda:1.") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda", "mps"):  # a model on meta has no numbers
+        raise ConfigError(f"--device {asked!r} is no device. Give cpu, cuda, or one of several such as cuda:1.")
+    n_devices = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[device.type]
+    if not n_devices:
         raise ConfigError(f"--device {asked} was asked for, and no GPU can be used. Leave it out, or give cpu.")
+    if (device.index or 0) >= n_devices:
+        raise ConfigError(f"--device {asked} was asked for, and there are {n_devices}, from {device.type}:0. Give one of them.")
     return asked
 
 

@@ -54,13 +54,15 @@ def _labels(store: Any, model: Any, asked: argparse.Namespace) -> str:
 
     if asked.labels is not None:
         target_file(asked.labels, asked.overwrite)  # refused before the work, not after it
-    labels = label_codes(store, sites=asked.sites, min_precision=asked.min_precision, model=model, seed=asked.seed)
+    labels = label_codes(
+        store, sites=asked.sites, min_precision=asked.min_precision, model=model, seed=asked.seed, progress=not asked.quiet
+    )
     if asked.labels is not None:
         write_labels(labels, asked.labels, overwrite=asked.overwrite)
     if asked.json:
         counts = {"n_codes": labels.n_codes, "n_labelled": labels.n_labelled, "n_unlabelled": labels.n_unlabelled}
         return json.dumps(counts | {"labels": [dataclasses.asdict(label) for label in labels]}, indent=2, allow_nan=False)
-    return str(labels)
+    return str(labels) if asked.labels is not None else f"{labels}\nAll of them: --labels FILE, or --json."
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -80,4 +82,5 @@ def _parser() -> argparse.ArgumentParser:
     add("--labels", help="with --label_all: write the labels to this file too")
     add("--overwrite", action="store_true", help="replace the files that --html and --labels name")
     add("--json", action="store_true", help="print JSON")
+    add("--quiet", action="store_true", help="no progress bar")
     return parser

@@ -8,22 +8,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tl_codebook.errors import CheckpointExistsError
-
 __all__ = ["run"]
 
 
 def run(argv: Sequence[str]) -> int:
     """Parse the arguments, make the graph, and print its strongest edges, hubs and groups; with ``--json`` as one JSON object."""
     asked = _parser().parse_args(list(argv))
-    targets = [asked.graphml, asked.html, None if asked.circuit_tracer is None else Path(asked.circuit_tracer) / "codes.json"]
-    for target in targets:
-        if target is not None and not asked.overwrite and Path(target).expanduser().exists():
-            raise CheckpointExistsError(f"{target} exists. Choose another name, or say --overwrite.")
+    from tl_codebook.files import target_file
     from tl_codebook.graphs import coactivation_graph, code_communities, code_paths, hubs, write_circuit_tracer, write_graphml
     from tl_codebook.store import CodeStore
 
     store = CodeStore(asked.store)
+    targets = [asked.graphml, asked.html, None if asked.circuit_tracer is None else Path(asked.circuit_tracer) / "codes.json"]
+    for target in targets:
+        if target is not None:
+            target_file(target, asked.overwrite)  # refused before the work, not after it
     options = {"lag": asked.lag, "statistic": asked.statistic, "min_count": asked.min_count, "fdr": asked.fdr, "max_edges": asked.max_edges}
     graph = coactivation_graph(store, asked.sites, progress=not asked.quiet, **options)
     if asked.graphml is not None:

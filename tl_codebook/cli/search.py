@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
-from tl_codebook.errors import ConfigError
+from tl_codebook.errors import ConfigError, check_whole
 
 if TYPE_CHECKING:
     from tl_codebook.store.neurons import CodeBesideNeuron
@@ -27,26 +27,26 @@ def run(argv: Sequence[str]) -> int:
     if sum(given) != 1:
         raise ConfigError("search for one thing: a PATTERN, --tokens, or --example.")
     if asked.neurons and (asked.model is None or asked.example is not None):
-        raise ConfigError(
-            "--neurons compares the codes of a pattern or of tokens with the neurons of a model. Give its folder: --model."
-        )
+        raise ConfigError("--neurons compares the codes of a pattern or of tokens with the neurons of a model. Give its folder: --model.")
     from tl_codebook.store import CodeHit, CodeStore, codes_of_example, compare_with_neurons, match_text, neuron_activations, search_codes
     from tl_codebook.store.tables import write_csv
 
     store = CodeStore(asked.store)
-    common = {"sites": asked.sites, "n": asked.n, "n_slots": asked.n_slots}
+    check_whole("n", asked.n, least=1)
+    common = {"sites": asked.sites, "n": None, "n_slots": asked.n_slots}
     where = {"at": asked.at, "shift": asked.shift, "special": asked.special}
     began = scanned = time.perf_counter()
     query: Any = asked.tokens
     if asked.example is not None:
         shares: dict[str, Any] = {} if asked.min_recall is None else {"min_share": asked.min_recall}
-        hits = codes_of_example(store, asked.example, by=asked.by or "recall", **common, **shares)
+        hits = codes_of_example(store, asked.example, by=asked.by or "mi", **common, **shares)
     else:
         if asked.pattern is not None:
             query = match_text(store, asked.pattern, group=asked.group, timeout=asked.timeout)
             scanned = time.perf_counter()
         least = {"min_precision": asked.min_precision, "min_recall": 0.01 if asked.min_recall is None else asked.min_recall}
         hits = search_codes(store, query, by=asked.by or "f1", **common, **where, **least)
+    n_found, hits = len(hits), hits[: asked.n]
     seconds = {"search": time.perf_counter() - scanned}
     if asked.pattern is not None:
         seconds["text"] = scanned - began
@@ -62,11 +62,11 @@ def run(argv: Sequence[str]) -> int:
         write_csv(hits, asked.csv, of=CodeHit, overwrite=asked.overwrite)
     if asked.json:
         found: dict[str, Any] = {"pattern": asked.pattern, "tokens": asked.tokens, "example": asked.example}
-        found |= {"n_found": len(hits), "hits": [dataclasses.asdict(hit) for hit in hits]}
+        found |= {"n_found": n_found, "hits": [dataclasses.asdict(hit) for hit in hits]}
         found |= {"neurons": [dataclasses.asdict(row) for row in beside]} if asked.neurons else {}
         print(json.dumps(found | {"seconds": {name: round(value, 4) for name, value in seconds.items()}}, indent=2, allow_nan=False))
     else:
-        print(_table(hits, beside, seconds))
+        print(_table(hits, n_found, beside, seconds))
     return 0
 
 
@@ -81,7 +81,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--tokens", nargs="+", metavar="TOKEN", type=_token, help="instead of a pattern: token ids, or texts that are one token each")
     add("--example", type=int, help="instead of a pattern: the codes that fire on much of this sequence")
     add("--sites", nargs="+", help="sites (z), addresses (L3.mlp_out, L5.z.2) or hook names; all by default")
-    add("--by", choices=get_args(By), help="what comes first: greatest f1 (the default), precision, recall, or mutual information")
+    add(
+        "--by",
+        choices=get_args(By),
+        help="what comes first: greatest f1 (the default), precision, recall, or mutual information (the default with --example)",
+    )
     add("--min_precision", type=float, default=0.0, help="least share of a code's activations, 0 to 1")
     add("--min_recall", type=float, help="least share of the places, 0 to 1: 0.01 by default, 0.5 with --example")
     add("--at", choices=get_args(At), default="first", help="which tokens of a match are meant")
@@ -106,7 +110,7 @@ def _token(text: str) -> int | str:
 _group = _token
 
 
-def _table(hits: Sequence[CodeHit], beside: Sequence[CodeBesideNeuron], seconds: dict[str, float]) -> str:
+def _table(hits: Sequence[CodeHit], n_found: int, beside: Sequence[CodeBesideNeuron], seconds: dict[str, float]) -> str:
     """Return the codes as lines for people."""
     if not hits:
         return "no code was found: nothing fires there often enough, or the concept holds nowhere. Lower --min_recall or --min_precision."
@@ -121,4 +125,4 @@ def _table(hits: Sequence[CodeHit], beside: Sequence[CodeBesideNeuron], seconds:
             neuron = f"{row.neuron} {row.neuron_precision:.1%} at {row.neuron_recall:.1%}"
             lines.append(f"{row.label:<{width}} {row.precision:>9.1%} {row.recall:>7.1%}   {neuron}")
     took = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
-    return "\n".join([*lines, f"\n{hits[0].occurrences:,} places; {took}"])
+    return "\n".join([*lines, f"\n{len(hits):,} of {n_found:,} codes; {hits[0].occurrences:,} places; {took}"])

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Int64, Integer
 
 from tl_codebook.describe.words import Words
 from tl_codebook.names import Code
+from tl_codebook.store.counting import firing_counts
 from tl_codebook.store.store import CodeStore
 
 __all__ = [
@@ -30,7 +31,7 @@ __all__ = [
     "tokens_at",
 ]
 
-_AT_ONCE, _BLOCK = 2**20, 2**14  # tokens that are read at a time: to count all, and to look some up
+_AT_ONCE, _BLOCK = 2**16, 2**13  # tokens that are read at a time, few enough for the cache: to count all, and to look some up
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class TokenRow:
     """A token at, or before, the places at which a code fires."""
 
     token: int
+    """Its id."""
     text: str | None
     """None where the store has no text."""
     count: int
@@ -105,22 +107,15 @@ def tokens_at(store: CodeStore, positions: Int64[np.ndarray, " place"]) -> Int64
     return found
 
 
-def code_counts_of_text(store: CodeStore, code: Code) -> Int64[np.ndarray, " code"]:
-    """Count at how many positions of text each code of a code's group fires, once for each group."""
-    book, group = store.book(code), code.group or 0
-    known = _counted_codes.setdefault(store, {})
-    if (book.hook_name, group) not in known:
-        special = np.asarray(store.ids(book.hook_name))[np.flatnonzero(store.is_special()), group]
-        apart = np.bincount(_once(special, book.n_codes).reshape(-1), minlength=book.n_codes + 1)[: book.n_codes]
-        known[book.hook_name, group] = (store.counts(book.hook_name)[group] - apart).astype(np.int64)
-    return known[book.hook_name, group]
-
-
-def _once(ids: Integer[np.ndarray, "place k"], empty: int) -> Integer[np.ndarray, "place k"]:
-    """Sort the codes of each position, and empty the slots that repeat one."""
-    ids = np.sort(ids, axis=-1)
-    np.copyto(ids[:, 1:], empty, where=ids[:, 1:] == ids[:, :-1])
-    return ids
+def code_counts_of_text(store: CodeStore, code: Code, ids: Integer[np.ndarray, "token group k"]) -> Int64[np.ndarray, " code"]:
+    """Count at how many positions of text each code of a code's group fires, once for each group; `ids` are those of its site."""
+    known, place = _counted_codes.setdefault(store, {}), (code.hook_name, code.group or 0)
+    if place not in known:
+        # `store.counts(special=False)` says the same of all groups, but maps the ids a second time.
+        everywhere = store.counts(code.hook_name)[place[1]]
+        special = ids[np.flatnonzero(store.is_special()), place[1]]
+        known[place] = everywhere - firing_counts(special[:, None], len(everywhere))[0]
+    return known[place]
 
 
 def neighbours(store: CodeStore, positions: Int64[np.ndarray, " place"], step: int) -> Int64[np.ndarray, " neighbour"]:
@@ -155,14 +150,20 @@ def token_rows(tokens: Int64[np.ndarray, " place"], among: Int64[np.ndarray, " t
 
 
 def code_rows(
-    store: CodeStore, code: Code, positions: Int64[np.ndarray, " neighbour"], among: Int64[np.ndarray, " code"], n_text: int, n: int
+    ids: Integer[np.ndarray, "neighbour k"], code: Code, among: Int64[np.ndarray, " code"], n_text: int, n: int
 ) -> tuple[CodeRow, ...]:
-    """Return the codes of a code's group that say most of it at some positions beside it, greatest share times PMI first."""
-    book = store.book(code)
-    ids = _once(np.asarray(store.ids(book.hook_name))[positions, code.group or 0], book.n_codes)
-    found = np.bincount(ids.reshape(-1), minlength=book.n_codes + 1)[: book.n_codes]
+    """Return the codes of a code's group that say most of it, greatest share times PMI first.
+
+    Args:
+        ids: Of the group, at the positions beside those at which the code fires.
+        code: The code.
+        among: At how many positions of text each code of the group fires.
+        n_text: How many positions of text there are.
+        n: Most rows.
+    """
+    found = firing_counts(ids[:, None], len(among))[0]
     values = np.flatnonzero(found)
-    shares, pmi, order = _ranked(values, found[values], len(positions), among, n_text, n)
+    shares, pmi, order = _ranked(values, found[values], len(ids), among, n_text, n)
     return tuple(
         CodeRow(str(Code(code.layer, code.site, code.group, int(values[i]))), int(found[values[i]]), float(shares[i]), float(pmi[i]))
         for i in order.tolist()

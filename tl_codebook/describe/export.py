@@ -13,10 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from tl_codebook.characters import without_hostile
 from tl_codebook.convert.original_config import PLACES
-from tl_codebook.describe.label_files import UNSAFE, CodeLabel, CodeLabels, Kind, replace_inert_json, target_file
+from tl_codebook.describe.label_files import CodeLabel, CodeLabels, Kind, replace_inert_json
 from tl_codebook.errors import ConfigError, DataError, check_whole, nearest
+from tl_codebook.files import target_file
 from tl_codebook.names import SITES, Address, Code, CodeLike, as_address, as_code
+from tl_codebook.store.counting import slot_of
+from tl_codebook.store.sites import stored_code
 from tl_codebook.store.text import Vocabulary
 
 __all__ = ["code_info", "imported", "original_name", "write_code_info", "write_neuronpedia"]
@@ -182,9 +186,9 @@ def write_neuronpedia(
 
 def _as_stored(store: Any, code: Code) -> Code:
     """Return a code as labels write it, refusing one that the store does not have."""
-    store.frequency(code)
+    code = stored_code(store.sites, code)
     _source(code)
-    return code if store.book(code).n_groups > 1 else replace(code, group=None)
+    return code
 
 
 def _source(code: Code) -> str:
@@ -204,17 +208,17 @@ def _text(words: Vocabulary, token: int) -> str:
 
 
 def _activations(store: Any, code: Code, n: int, before: int, after: int, seed: int, words: Vocabulary) -> list[dict[str, Any]]:
-    from tl_codebook.describe.places import Firings
+    from tl_codebook.describe.places import Firings, cut_around
 
-    firings, ids = Firings(store, code, _SAMPLE, np.random.default_rng(seed)), store.ids(code.hook_name)
+    ids = store.ids(code.hook_name)
+    firings = Firings(store, code, _SAMPLE, np.random.default_rng(seed), ids)
     found = []
     for position in firings.sample[firings.best(n)].tolist():
-        whole = store.sequence(int(store.sequence_of(np.array([position]))[0]))
-        start, stop = max(whole.start, position - before), min(whole.stop, position + after + 1)
-        holds = ids[start:stop, code.group or 0] == code.code
-        k = holds.shape[1]
-        values = np.where(holds.any(1), (k - holds.argmax(1)) / k, 0.0).tolist()
-        texts = [_text(words, token) for token in store.tokens(start, stop).tolist()]
+        context = cut_around(store, position, before, after)
+        here = ids[context.start : context.start + len(context.tokens), code.group or 0]
+        slots, k = slot_of(here, code.code), here.shape[1]
+        values = np.where(slots >= 0, (k - slots) / k, 0.0).tolist()
+        texts = [_text(words, token) for token in context.tokens.tolist()]
         greatest = max(values)
         figures = {"maxValue": greatest, "maxValueTokenIndex": values.index(greatest), "minValue": min(values)}
         found.append({"tokens": texts, "values": values} | figures)
@@ -266,7 +270,7 @@ def imported(entries: Sequence[Any], store: Any = None) -> list[CodeLabel]:
 def _one_line(text: Any, what: str) -> str:
     if not isinstance(text, str):
         raise DataError(f"{what} is a {type(text).__name__}, not a text. Correct it.")
-    return UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text.strip())
+    return without_hostile(text.strip())
 
 
 def _of_neuronpedia(entries: Sequence[Mapping[str, Any]]) -> list[CodeLabel]:

@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, overload
 
 from tl_codebook import files
-from tl_codebook.errors import BasisMismatchError, CheckpointError, CheckpointExistsError, DataError, InvalidCodeError, LabelError
+from tl_codebook.characters import hostile
+from tl_codebook.errors import BasisMismatchError, CheckpointError, DataError, InvalidCodeError, LabelError
+from tl_codebook.files import target_file
 from tl_codebook.names import Code, CodeLike, as_code
+from tl_codebook.store.sites import stored_code
 
-__all__ = ["UNSAFE", "CodeLabel", "CodeLabels", "Kind", "read_labels", "replace_inert_json", "target_file", "write_labels"]
+__all__ = ["CodeLabel", "CodeLabels", "Kind", "read_labels", "replace_inert_json", "target_file", "write_labels"]
 
 FORMAT, VERSION = "tl_codebook.labels", 1
 Kind = Literal["regex", "token", "previous token", "next token", "other"]
 
-UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Control characters, ends of a line, marks that turn the direction of writing, halves of a character."""
 _LONGEST, _LARGEST = 2000, 1 << 28  # characters of a label, bytes of a file
 _HASH = re.compile(r"[0-9a-f]{64}")
 _ABOUT = ("n_codes", "n_dead", "n_rare", "min_precision", "min_count")
@@ -34,8 +35,9 @@ class CodeLabel:
     """What one code stands for, and how well. ``pandas.DataFrame(labels)`` is a table of them.
 
     Raises:
-        LabelError: a code that is none; a text that is empty, longer than 2,000 characters, or holds control characters, ends of a line or
-            marks that turn the direction of writing, which no label may bring to a terminal or a page; figures that cannot be.
+        LabelError: a code that is none; a text that is empty, longer than 2,000 characters, or holds what acts or hides (control
+            characters, ends of a line, marks that turn the direction of writing, what has no width), which no label may bring to a terminal
+            or a page; figures that cannot be.
 
     >>> CodeLabel("L3.mlp_out:417", "the word after 'the'").code.layer
     3
@@ -66,10 +68,10 @@ class CodeLabel:
         if not isinstance(self.label, str):
             raise LabelError(f"the code {self.label!r:.80} is a {type(self.label).__name__}. Give a label such as 'L3.mlp_out:417'.")
         Code.parse(self.label)
-        if not isinstance(self.text, str) or not self.text.strip() or len(self.text) > _LONGEST or UNSAFE.search(self.text):
+        if not isinstance(self.text, str) or not self.text.strip() or len(self.text) > _LONGEST or any(map(hostile, self.text)):
             raise LabelError(
-                f"{self.label} was to be labelled {self.text!r:.120}. Give 1 to {_LONGEST:,} characters in one line, with control "
-                "characters and marks of direction written out (\\n)."
+                f"{self.label} was to be labelled {self.text!r:.120}. Give 1 to {_LONGEST:,} characters in one line, with what acts or "
+                "hides (control characters, marks of direction, what has no width) written out (\\n)."
             )
         if self.kind not in get_args(Kind):
             raise LabelError(f"{self.label}: kind={self.kind!r:.80} was given. Give one of {', '.join(map(repr, get_args(Kind)))}.")
@@ -160,12 +162,12 @@ class CodeLabels(Sequence[CodeLabel]):
     def __getitem__(self, key: int | CodeLike) -> CodeLabel: ...
     @overload
     def __getitem__(self, key: slice) -> tuple[CodeLabel, ...]: ...
-    def __getitem__(self, key: int | slice | CodeLike) -> CodeLabel | tuple[CodeLabel, ...]:
-        if not isinstance(key, str | Code):
+    def __getitem__(self, key: Any) -> CodeLabel | tuple[CodeLabel, ...]:
+        if not isinstance(key, str) and not hasattr(key, "code"):
             return self._rows[key]
         found = self.get(key)
         if found is None:
-            raise InvalidCodeError(f"{key} has no label here. For such a code, get({str(key)!r}) returns None.")
+            raise InvalidCodeError(f"{as_code(key)} has no label here. For such a code, get({str(as_code(key))!r}) returns None.")
         return found
 
     def __contains__(self, item: object) -> bool:
@@ -205,21 +207,6 @@ class CodeLabels(Sequence[CodeLabel]):
 def _figures(row: CodeLabel) -> str:
     known = [f"{name} {value:.3f}" for name, value in (("precision", row.precision), ("recall", row.recall)) if value is not None]
     return f"  ({', '.join(known)})" if known else ""
-
-
-def target_file(path: str | Path, overwrite: bool) -> Path:
-    """Return a file that can be written, refusing one that is there already and what no file can be called."""
-    target = files.as_path(path)
-    try:
-        is_folder, there = target.is_dir(), target.exists() or target.is_symlink()
-    except OSError as error:  # a name that is too long
-        raise CheckpointError(f"{str(target)[:200]!r} is no name of a file ({error.strerror}). Choose another.") from error
-    if is_folder:
-        raise CheckpointError(f"{target} is a folder. Give the name of a file.")
-    if there and not overwrite:
-        raise CheckpointExistsError(f"{target} exists. Choose another name, or say overwrite=True.")
-    files.check_writable(target.parent, overwrite=True)
-    return target
 
 
 def replace_inert_json(path: Path, content: Any) -> None:
@@ -262,9 +249,8 @@ def _of_store(labels: CodeLabels, store: Any, what: str) -> CodeLabels:
     """Return labels with the hashes of a store, refusing those of codes that it does not have."""
     hashes, rows = store.manifest["codes_sha256"], []
     for row in labels:
-        store.frequency(row.code)  # raises for a code that is not stored
-        only = row.code.group == 0 and store.book(row.code).n_groups == 1
-        rows.append(dataclasses.replace(row, label=str(dataclasses.replace(row.code, group=None))) if only else row)
+        label = str(stored_code(store.sites, row.code))
+        rows.append(row if label == row.label else dataclasses.replace(row, label=label))
     used = dict.fromkeys(row.code.hook_name for row in labels) | dict.fromkeys(name for name in labels.codes_sha256 if name in hashes)
     other = [name for name in used if name in labels.codes_sha256 and labels.codes_sha256[name] != hashes.get(name)]
     if other:
@@ -319,21 +305,10 @@ def _refuse(source: Path, why: str) -> NoReturn:
 
 
 def _parsed(source: Path) -> Any:
-    """Read JSON strictly: no repeated keys, no NaN."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in found:
-                _refuse(source, f"the key {key!r:.80} stands there twice. Leave one of them.")
-            found[key] = value
-        return found
-
-    def constant(text: str) -> NoReturn:
-        _refuse(source, f"{text} is no JSON value. Write null for what is not known.")
+    """Read JSON strictly, of a .jsonl file each line."""
 
     def parse(text: str) -> Any:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=constant)
+        return files.strict_json(text, source, "Correct the file: each key once, and null for what is not known.")
 
     try:
         if (size := source.stat().st_size) > _LARGEST:

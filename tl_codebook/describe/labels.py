@@ -18,7 +18,8 @@ from tl_codebook.describe.patterns import PatternClasses, check_patterns, patter
 from tl_codebook.describe.words import shown
 from tl_codebook.errors import ConfigError, DataError, check_whole
 from tl_codebook.names import Code, split_hook_name
-from tl_codebook.store.search import _chosen
+from tl_codebook.store.concepts import sequence_starts
+from tl_codebook.store.sites import Wanted, chosen_sites
 from tl_codebook.store.store import CodeStore
 from tl_codebook.store.text import Vocabulary
 
@@ -33,7 +34,7 @@ _AT_ONCE = 64  # codes whose logits are computed at a time
 def label_codes(
     store: Any,
     *,
-    sites: str | Iterable[str] | None = None,
+    sites: Wanted | None = None,
     patterns: Mapping[str, str] | None = None,
     n_slots: int | None = None,
     min_precision: float = 0.9,
@@ -67,7 +68,7 @@ def label_codes(
         model: The host with the codes of the store, to try tokens after too. This computes the logits of every code.
         n_logits: Tokens after that are tried for each code, >= 1.
         seed: Of the halves.
-        timeout: Seconds of matching after which a regular expression is given up.
+        timeout: Seconds of matching, for each regular expression, after which it is given up.
         vocabulary: For a store that was collected without a tokenizer.
         progress: Show a progress bar.
 
@@ -75,7 +76,7 @@ def label_codes(
         ConfigError: an option that cannot be, a regular expression that is none, or a site from which no way to the logits is known.
         SearchTimeoutError: a regular expression that takes longer than `timeout`.
         DataError: a store of a single sequence, or one without text where there are patterns.
-        UnknownHookError: a site that is not stored.
+        UnknownHookError, LabelError: a site that is not stored, or something that is no name of one.
         BasisMismatchError: a model with other codes.
 
     Source: Tamkin et al. 2023, section 3 (precision and recall of codes for regular expressions); the halves are ours.
@@ -94,7 +95,7 @@ def label_codes(
             raise ConfigError(f"{name}={share!r} was asked for, but it is a share. Give 0 to 1.")
     for name, number in (("min_count", min_count), ("n_logits", n_logits)):
         check_whole(name, number, least=1)
-    chosen, named = _chosen(store, sites), check_patterns(patterns)
+    chosen, named = chosen_sites(store.sites, sites), check_patterns(patterns)
     if n_slots is not None:
         check_whole("n_slots", n_slots, least=1)
         fewer = next((site for site in chosen if n_slots > store.sites[site].k), None)
@@ -114,7 +115,8 @@ def label_codes(
     facts += _token_facts(store, sides, words, ("token", "previous token") if tokens else (), ("next token",) if likely else ())
 
     rows, n_codes, n_dead, n_rare = [], 0, 0, 0
-    with tqdm(total=sum(_n_codes(store, chosen)), desc="labelling codes", unit="code", disable=not progress) as bar:
+    total = sum(store.sites[site].n_codes * len(groups) for site, groups in chosen.items())
+    with tqdm(total=total, desc="labelling codes", unit="code", disable=not progress) as bar:
         for code, positions in _firings(store, chosen, n_slots):
             bar.update(1)
             n_codes += 1
@@ -137,27 +139,18 @@ def _sides(store: Any, seed: int) -> Int32[np.ndarray, " token"]:
         raise DataError("the store holds one sequence, of which no half can be held out. Collect more texts.")
     half = np.zeros(store.n_sequences, dtype=np.int32)
     half[np.random.default_rng(seed).permutation(store.n_sequences)[store.n_sequences // 2 :]] = 1
-    sides = np.repeat(half, np.diff(_starts(store), append=store.n_tokens))
+    sides = np.repeat(half, np.diff(sequence_starts(store), append=store.n_tokens))
     sides[store.is_special()] = 2
     return sides
 
 
-def _starts(store: Any) -> Int64[np.ndarray, " sequence"]:
-    return np.array([store.sequence(number).start for number in range(store.n_sequences)], dtype=np.int64)
-
-
-def _n_codes(store: Any, chosen: Mapping[str, list[int] | None]) -> Iterator[int]:
-    for site, groups in chosen.items():
-        yield store.sites[site].n_codes * (store.sites[site].n_groups if groups is None else len(groups))
-
-
-def _firings(store: Any, chosen: Mapping[str, list[int] | None], n_slots: int | None) -> Iterator[tuple[Code, Int64[np.ndarray, " _"]]]:
+def _firings(store: Any, chosen: Mapping[str, list[int]], n_slots: int | None) -> Iterator[tuple[Code, Int64[np.ndarray, " _"]]]:
     """Give each code, and where it fires."""
     for site, groups in chosen.items():
         # Opened anew for each site: the pages of a map that stays open would count as memory of this process.
         opened = CodeStore(store.path) if isinstance(store, CodeStore) else store
         book, ids = opened.sites[site], opened.ids(site)
-        for group in range(book.n_groups) if groups is None else groups:
+        for group in groups:
             for number in range(book.n_codes):
                 code = Code(None, site, group if book.n_groups > 1 else None, number)
                 positions = opened.positions(code)
@@ -269,7 +262,7 @@ def _token_facts(
     ids, values = np.unique(store.tokens(0, store.n_tokens), return_inverse=True)
     values = np.where(sides == 2, -1, values)
     begins = np.zeros(store.n_tokens, dtype=bool)
-    begins[_starts(store)] = True
+    begins[sequence_starts(store)] = True
     before, behind = np.full_like(values, -1), np.full_like(values, -1)
     before[1:][~begins[1:]] = values[:-1][~begins[1:]]
     behind[:-1][~begins[1:]] = values[1:][~begins[1:]]

@@ -9,20 +9,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_codebook.attachment import sites
+from tl_codebook.attachment import match_sites, sites
 from tl_codebook.codebook import Codebook
 from tl_codebook.describe.weights import logit_path
 from tl_codebook.describe.words import Words
-from tl_codebook.errors import ConfigError, InvalidCodeError, LabelError, NonFiniteError, UnknownHookError, nearest
+from tl_codebook.errors import ConfigError, NonFiniteError
 from tl_codebook.hosts import as_host
 from tl_codebook.names import Code, CodeLike, as_code
+from tl_codebook.store.sites import stored_code
 
 __all__ = ["LogitRow", "book_of", "contribution", "direct_logit_effect", "extremes"]
 
 
 @dataclass(frozen=True)
 class LogitRow:
-    """A token and what a code adds to its logit, or to its log-probability."""
+    """A token and what a code does to it: what it adds to the logit by itself, or to the log-probability (nats) where it is forced."""
 
     token: int
     text: str | None
@@ -35,26 +36,16 @@ def book_of(model: Any, code: CodeLike) -> tuple[Code, Codebook]:
 
     Raises:
         UnknownHookError: no codebook sits there.
-        LabelError, InvalidCodeError: the codebook has no such group or code.
+        LabelError, InvalidCodeError: the codebook has no such group or code, or several groups of which none is named.
         NonFiniteError: its codes hold NaN or Inf.
     """
     code, points = as_code(code), sites(model)
-    if code.hook_name not in points:
-        raise UnknownHookError(
-            f"no codebook sits at {code.hook_name!r}. {nearest(code.hook_name, points)}Codebooks sit at: "
-            f"{', '.join(points) or 'no site; call attach first'}."
-        )
+    match_sites(model, code.hook_name)  # raises where no codebook sits
     book = points[code.hook_name].codebook
-    if code.group is None and book.n_groups > 1:
-        raise LabelError(f"{code} names no group, and {code.address} has {book.n_groups}. Write {code.address}.0:{code.code}, or another.")
-    if (code.group or 0) >= book.n_groups or code.code >= book.n_codes:
-        raise InvalidCodeError(
-            f"{code} was asked for, but the codebook has groups 0 to {book.n_groups - 1} and codes 0 to {book.n_codes - 1}. Give one of "
-            "these."
-        )
+    code = stored_code({code.hook_name: book}, code, holder="the model")
     if not bool(torch.isfinite(book.codes[code.group or 0].detach()).all()):
         raise NonFiniteError(f"the codes of {code.address} hold NaN or Inf, of which nothing can be said. Load a checkpoint from before.")
-    return (Code(code.layer, code.site, None, code.code) if book.n_groups == 1 else code), book
+    return code, book
 
 
 def contribution(book: Codebook, code: Code) -> Float[Tensor, "1 d_in"]:
@@ -72,7 +63,8 @@ def direct_logit_effect(model: Any, code: CodeLike, *, scale: float | None = Non
     linear part (centring, weight), is divided by the norm's scale, and goes through W_U. For a given scale this is exact: it is the change
     of the logits when the code is added at the last layer while the scale is held. A logit soft cap (Gemma 2), which would bend it, is left
     out; so are biases, which no code changes, and codebooks at later resid sites, which choose anew what passes. Where codes are averaged
-    it is the effect of one slot, 1/k of the vector. At v it is what the head writes where it attends to that position alone.
+    it is the effect of one slot, 1/k of the vector. At v it is what the head writes where it attends to that position alone. Only the
+    differences between tokens say anything: what is added to all logits alike changes no probability.
 
     The weights are read off the model and proven on a probe of eight tokens: a model with another norm or a factor on the way is refused.
 

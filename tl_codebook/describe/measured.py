@@ -39,12 +39,13 @@ class ForcingEffect:
 
     n_places: int
     kl: float
-    """Kullback-Leibler divergence of the next token's distribution with the code forced from that without, nats."""
+    """Kullback-Leibler divergence of the next token's distributions, KL(forced || not forced), nats."""
     control_kl: float | None
     """The same for other codes of the group, of equal frequency; None where there is no other."""
     raises: tuple[LogitRow, ...]
     """The tokens whose log-probability rises most: `logit` is the mean change, nats."""
     lowers: tuple[LogitRow, ...]
+    """Those whose log-probability falls most, the same way."""
     slot: int = -1
     """The slot that was forced, as for `force_code`: -1 replaces the least similar code, the others of the place stay."""
 

@@ -31,6 +31,7 @@ from tl_codebook.describe.words import Words, shown
 from tl_codebook.errors import ConfigError, check_whole
 from tl_codebook.hosts import as_host
 from tl_codebook.names import Code, CodeLike, as_code
+from tl_codebook.store.sites import stored_code
 from tl_codebook.store.store import CodeStore
 
 __all__ = ["CodeDescription", "SimilarCode", "describe_code"]
@@ -77,18 +78,25 @@ class CodeDescription:
     top: tuple[CodeContext, ...]
     """Where it fits best: by slot, then in the order of the text; where `measure` was asked for, by similarity."""
     random: tuple[CodeContext, ...]
+    """Places drawn at random, in the order of the text: what the code is like where it is not at its best."""
     tokens: tuple[TokenRow, ...]
     """The tokens at which it fires."""
+    n_previous: int
+    """Firings with text before them in the sequence, of which `previous` and `before` are shares; the others begin a text."""
     previous: tuple[TokenRow, ...]
     """The tokens before these."""
     before: tuple[CodeRow, ...]
     """Codes of its group at the position before."""
+    n_next: int
+    """Firings with text after them in the sequence, of which `after` are shares."""
     after: tuple[CodeRow, ...]
     """Codes of its group at the position after."""
     similar: tuple[SimilarCode, ...] = ()
+    """The codes of its group whose vectors have the greatest cosine with its own."""
     raises: tuple[LogitRow, ...] = ()
     """The tokens to whose logits it adds most by itself (`direct_logit_effect`)."""
     lowers: tuple[LogitRow, ...] = ()
+    """The tokens from whose logits it takes most."""
     scale: float | None = None
     """What the final norm divides by where the code fires, the mean of the places that were run, and what `raises` and `lowers` are divided
     by; None where it was not measured, and these are in units of the final norm's scale."""
@@ -107,12 +115,16 @@ class CodeDescription:
         if self.n_sampled < self.count:
             lines.append(f"  tables and contexts: of {self.n_sampled:,} firings drawn at random")
         units = "in units of the final norm's scale" if self.scale is None else f"at a final norm's scale of {self.scale:.3g}"
+        begin, end = (
+            f" (of {n:,} places; {self.n_sampled - n:,} {what} a text)" if n < self.n_sampled else ""
+            for n, what in ((self.n_previous, "begin"), (self.n_next, "end"))
+        )
         parts: list[tuple[str, Sequence[str]]] = [
             ("by slot", [f"{count:,}" for count in self.by_slot] if self.n_sampled else []),
-            ("tokens", [f"{shown(row.token, row.text)} {row.share:.1%} {row.pmi:+.1f}" for row in self.tokens]),
-            ("previous tokens", [f"{shown(row.token, row.text)} {row.share:.1%} {row.pmi:+.1f}" for row in self.previous]),
-            ("codes before", [f"{row.label} {row.share:.1%} {row.pmi:+.1f}" for row in self.before]),
-            ("codes after", [f"{row.label} {row.share:.1%} {row.pmi:+.1f}" for row in self.after]),
+            ("tokens (share, PMI in bits)", [f"{shown(row.token, row.text)} {row.share:.1%} {row.pmi:+.1f}" for row in self.tokens]),
+            (f"previous tokens{begin}", [f"{shown(row.token, row.text)} {row.share:.1%} {row.pmi:+.1f}" for row in self.previous]),
+            (f"codes before{begin}", [f"{row.label} {row.share:.1%} {row.pmi:+.1f}" for row in self.before]),
+            (f"codes after{end}", [f"{row.label} {row.share:.1%} {row.pmi:+.1f}" for row in self.after]),
             ("similar codes", [f"{row.label} {row.cosine:+.2f}{' (dead)' if row.dead else ''}" for row in self.similar]),
             (f"raises directly, {units}", [f"{shown(row.token, row.text)} {row.logit:+.2f}" for row in self.raises]),
             (f"lowers directly, {units}", [f"{shown(row.token, row.text)} {row.logit:+.2f}" for row in self.lowers]),
@@ -170,8 +182,8 @@ def describe_code(
         model: The host that the store was collected with, its codebooks attached.
         n: Most rows of a table, >= 1.
         n_contexts: Most contexts of a kind, >= 0.
-        before, after: Most tokens before and after the place of a context.
-        seed: Of all that is drawn.
+        before, after: Most tokens before and after the place of a context, >= 0.
+        seed: Of all that is drawn, >= 0.
         measure: Run the model.
 
     Raises:
@@ -196,15 +208,15 @@ def describe_code(
         check_whole(name, value, least=least)
     if measure and model is None:
         raise ConfigError("measure=True was asked for without a model to run. Give the model that the store was collected with.")
-    code, book = as_code(code), store.book(as_code(code))
+    code = stored_code(store.sites, as_code(code))
     rng = np.random.default_rng(seed)
-    firings = Firings(store, code, _MOST_FIRINGS, rng)  # refuses codes that there are not
-    code = Code(code.layer, code.site, code.group if book.n_groups > 1 else None, code.code)
+    ids = store.ids(code.hook_name)  # once: in each new map of a file all its pages have to be found again
+    firings = Firings(store, code, _MOST_FIRINGS, rng, ids)
     if model is not None:
         model = as_host(model)
         store.check_model(model)
         book_of(model, code)
-    words, counts = Words.of_store(store), code_counts_of_text(store, code)
+    words, counts = Words.of_store(store), code_counts_of_text(store, code, ids)
     n_text = int(store.n_tokens - store.is_special().sum())
     places, among = firings.sample, token_counts(store)
     earlier, later = (neighbours(store, places, step) for step in (-1, 1))
@@ -221,15 +233,17 @@ def describe_code(
         frequency=len(firings.positions) / max(n_text, 1),
         n_special=firings.n_special,
         rank=1 + int((counts > counts[code.code]).sum()),
-        n_codes=book.n_codes,
+        n_codes=len(counts),
         n_sampled=len(places),
         by_slot=firings.by_slot,
         top=contexts(best),
         random=contexts(drawn),
         tokens=token_rows(tokens_at(store, places), among.everywhere, words, n),
+        n_previous=len(earlier),
         previous=token_rows(tokens_at(store, earlier), among.followed, words, n),
-        before=code_rows(store, code, earlier, counts, n_text, n),
-        after=code_rows(store, code, later, counts, n_text, n),
+        before=code_rows(ids[earlier, code.group or 0], code, counts, n_text, n),
+        n_next=len(later),
+        after=code_rows(ids[later, code.group or 0], code, counts, n_text, n),
     )
     if model is None:
         return page

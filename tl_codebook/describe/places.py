@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int64
 
-from tl_codebook.describe.words import Words, escaped
+from tl_codebook.characters import escaped
+from tl_codebook.describe.words import Words
 from tl_codebook.errors import CheckpointError
 from tl_codebook.names import Code
 from tl_codebook.store.manifest import AGAIN
-from tl_codebook.store.store import CodeStore
+from tl_codebook.store.store import CodeStore, Context
 
-__all__ = ["CodeContext", "Firings", "context_at", "places_without", "rows_ending_at"]
+__all__ = ["CodeContext", "Firings", "context_at", "cut_around", "places_without", "rows_ending_at"]
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,14 @@ class Firings:
         code: A code that it has.
         n: Most firings to look at.
         rng: Draws them.
+        ids: Of the code's site, where they are mapped already.
 
     Raises:
         CheckpointError: index and ids contradict each other.
     """
 
-    def __init__(self, store: CodeStore, code: Code, n: int, rng: np.random.Generator) -> None:
-        everywhere, book = store.positions(code), store.book(code)
+    def __init__(self, store: CodeStore, code: Code, n: int, rng: np.random.Generator, ids: np.ndarray | None = None) -> None:
+        everywhere = store.positions(code)
         special = store.is_special()
         self.positions = everywhere[~special[everywhere]]
         """All of them, ascending."""
@@ -72,7 +74,8 @@ class Firings:
         self.sample = self.positions
         if len(self.positions) > n:
             self.sample = np.sort(rng.choice(self.positions, n, replace=False, shuffle=False))
-        holds = np.asarray(store.ids(book.hook_name))[self.sample, code.group or 0] == code.code
+        ids = store.ids(code.hook_name) if ids is None else ids
+        holds = ids[self.sample, code.group or 0] == code.code
         if not holds.any(1).all():
             raise CheckpointError(f"the index of {store.path} has {code} where its ids have not: its files are damaged. {AGAIN}")
         self.slots: Int64[np.ndarray, " place"] = holds.argmax(1)
@@ -84,16 +87,21 @@ class Firings:
         return np.lexsort((self.sample, self.slots))[:n]
 
 
-def context_at(
-    store: CodeStore, position: int, slot: int, words: Words, before: int, after: int, similarity: float | None = None
-) -> CodeContext:
-    """Return a place with at most so many tokens before and after it."""
+def cut_around(store: CodeStore, position: int, before: int, after: int) -> Context:
+    """Return a place with at most so many tokens of its sequence before and after it."""
     number = int(store.sequence_of(np.array([position]))[0])
     whole = store.sequence(number)
     start, stop = max(whole.start, position - before), min(whole.stop, position + after + 1)
-    tokens, at = store.tokens(start, stop), position - start
-    text = words.around(tokens, at)
-    return CodeContext(number, position, start, tuple(tokens.tolist()), text[0], text[1], text[2], slot, similarity)
+    return Context(number, position, start, store.tokens(start, stop))
+
+
+def context_at(
+    store: CodeStore, position: int, slot: int, words: Words, before: int, after: int, similarity: float | None = None
+) -> CodeContext:
+    """Return a place with at most so many tokens before and after it, and their text."""
+    cut = cut_around(store, position, before, after)
+    text = words.around(cut.tokens, cut.index)
+    return CodeContext(cut.sequence, position, cut.start, tuple(cut.tokens.tolist()), text[0], text[1], text[2], slot, similarity)
 
 
 def places_without(store: CodeStore, positions: Int64[np.ndarray, " place"], n: int, rng: np.random.Generator) -> Int64[np.ndarray, " _"]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from tl_codebook.characters import escaped
 from tl_codebook.store.store import CodeStore
-from tl_codebook.store.text import Vocabulary, decode, load_vocabulary
+from tl_codebook.store.text import Vocabulary, decode
 
-__all__ = ["Words", "escaped", "shown"]
+__all__ = ["Words", "shown"]
 
 
 class Words:
@@ -22,11 +22,8 @@ class Words:
 
     @classmethod
     def of_store(cls, store: CodeStore) -> Words:
-        """Read the vocabulary that lies beside a store, once."""
-        found = _words.get(store)
-        if found is None:
-            found = _words[store] = cls(load_vocabulary(store.path))
-        return found
+        """Return the words of a store."""
+        return cls(store.vocabulary)
 
     def text(self, tokens: Sequence[int] | np.ndarray) -> str | None:
         """Return the text of a run of tokens; a character that is cut at an end comes out as U+FFFD.
@@ -49,18 +46,6 @@ class Words:
         edges = [0, *(int(ends[i - 1]) if i else 0 for i in (index, min(index + 1, len(tokens)))), len(data)]
         before, text, after = (decode(data[start:stop]).text for start, stop in pairwise(edges))
         return before, text, after
-
-
-_words: WeakKeyDictionary[CodeStore, Words] = WeakKeyDictionary()
-
-
-def escaped(text: str) -> str:
-    r"""Write out every character that acts instead of being seen: control characters, escape sequences, marks that turn the direction.
-
-    >>> escaped("red \x1b[31m, \u202e and \\")
-    'red \\x1b[31m, \\u202e and \\\\'
-    """
-    return "".join(c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def shown(token: int, text: str | None) -> str:

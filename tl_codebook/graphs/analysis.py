@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tl_codebook.errors import ConfigError, InvalidCodeError, LabelError, check_whole, nearest
 from tl_codebook.graphs.order import fires_before, in_order
-from tl_codebook.names import Address, Code, CodeLike, as_code
+from tl_codebook.names import Code, CodeLike, as_code
+from tl_codebook.store.sites import Wanted, chosen_sites
 
 if TYPE_CHECKING:
     import networkx
@@ -138,27 +139,31 @@ def ego_graph(graph: networkx.DiGraph, code: CodeLike, radius: int = 1) -> netwo
     return nx.ego_graph(graph, _node(graph, code), radius=radius, undirected=True)
 
 
-def _chain(graph: networkx.DiGraph, sites: Sequence[str] | None) -> list[str]:
-    """Return the hook names that a path goes through, in the order of a pass."""
-    have = in_order({code.hook_name for code in graph})
-    if isinstance(sites, str):
-        sites = [sites]
-    names = have if sites is None else in_order({Address.parse(s).hook_name if s.startswith("L") else s for s in sites})
-    for name in names:
-        if name not in have:
-            raise LabelError(f"a path through {name!r} was asked for. {nearest(name, have)}The graph has codes of: {', '.join(have)}.")
+def _chain(graph: networkx.DiGraph, sites: Wanted | None) -> dict[str, list[int]]:
+    """Return the hook names that a path goes through, in the order of a pass, and the groups of each."""
+    n_groups: dict[str, int] = {}
+    for code in graph:
+        n_groups[code.hook_name] = max(n_groups.get(code.hook_name, 1), (code.group or 0) + 1)
+    chosen = chosen_sites({name: _Groups(n_groups[name]) for name in in_order(n_groups)}, sites, holder="the graph")
+    names = in_order(chosen)
     beside = [(a, b) for a, b in pairwise(names) if not fires_before(a, b)]
     if beside or len(names) < 2:
         what = f"{beside[0][0]!r} and {beside[0][1]!r} do not follow each other" if beside else f"there is {len(names)} site"
         raise ConfigError(f"a path goes from one site to the next, but {what}. Say which sites, two or more, with sites=.")
-    return names
+    return {name: chosen[name] for name in names}
+
+
+class _Groups(NamedTuple):
+    """How many groups a site has, as far as a graph knows: the last that has an edge."""
+
+    n_groups: int
 
 
 def code_paths(
     graph: networkx.DiGraph,
     n: int = 10,
     *,
-    sites: Sequence[str] | None = None,
+    sites: Wanted | None = None,
     source: CodeLike | None = None,
     target: CodeLike | None = None,
 ) -> list[CodePath]:
@@ -169,7 +174,8 @@ def code_paths(
     Args:
         graph: From `coactivation_graph`, or any with a ``weight`` on each edge.
         n: How many, >= 1.
-        sites: Hook names or addresses that a path goes through, two or more; all of the graph by default.
+        sites: Sites, addresses or hook names that a path goes through, two sites or more, one code of each; all of the graph by default.
+            An address with a group (``L5.z.2``) means the codes of that group alone.
         source: Where paths start: a code of the first site.
         target: Where they end: a code of the last site.
 
@@ -178,7 +184,8 @@ def code_paths(
 
     Raises:
         ConfigError: fewer than two sites, or two that do not follow each other (q and k of one layer).
-        LabelError: a site of which the graph has no codes, or a source or target of another site than the first or last.
+        UnknownHookError: a site, or a group of one, of which the graph has no codes.
+        LabelError: a source or target of another site than the first or last.
         InvalidCodeError: a code without an edge.
 
     >>> import networkx as nx
@@ -189,23 +196,25 @@ def code_paths(
     [(['L0.mlp_out:1', 'L1.mlp_out:2', 'L2.mlp_out:3'], 0.4)]
     """
     check_whole("n", n, least=1)
-    names = _chain(graph, sites)
+    chain = _chain(graph, sites)
+    names = list(chain)
     ends: list[Code | None] = [None if end is None else _node(graph, end) for end in (source, target)]
     for end, name, what in zip(ends, (names[0], names[-1]), ("source", "target"), strict=True):
         if end is not None and end.hook_name != name:
             raise LabelError(
                 f"{what}={end} was given, but paths {'start' if what == 'source' else 'end'} at {name}. Say sites= for others."
             )
+    there = [code for code in graph if (code.group or 0) in chain.get(code.hook_name, ())]
     into: dict[Code, list[tuple[Code, float]]] = {}
     for a, b, weight in _above_zero(graph):
         into.setdefault(b, []).append((a, weight))
 
     # The n best paths to each code of a site are among those that go on from the n best to each code of the site before.
     best: dict[Code, list[tuple[float, tuple[Code, ...], tuple[float, ...]]]] = {}
-    best = {code: [(0.0, (code,), ())] for code in graph if code.hook_name == names[0] and ends[0] in (None, code)}
+    best = {code: [(0.0, (code,), ())] for code in there if code.hook_name == names[0] and ends[0] in (None, code)}
     for name in names[1:]:
         reached: dict[Code, Any] = {}
-        for code in graph:
+        for code in there:
             if code.hook_name == name and (name != names[-1] or ends[1] in (None, code)):
                 longer = [
                     (total + math.log(weight), (*codes, code), (*weights, weight))

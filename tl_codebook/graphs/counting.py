@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int, Integer
+from jaxtyping import Bool, Int
 
 from tl_codebook.names import Code, split_hook_name
+from tl_codebook.store.counting import once
 
 __all__ = ["PairCounts", "code_at", "count_pairs", "margins", "pair_starts"]
 
@@ -48,31 +49,27 @@ def _fired(store: Any, name: str, number: int) -> Int[np.ndarray, " position"]:
     return np.asarray(store.positions(code_at(store, name, number)))
 
 
-def margins(store: Any, name: str, starts: Bool[np.ndarray, " token"], lag: int) -> Int[np.ndarray, " code"]:
-    """Return at how many of the places a code fires, for each code of a site; `lag` positions after them."""
+def margins(store: Any, name: str, starts: Bool[np.ndarray, " token"], lag: int, groups: Iterable[int]) -> Int[np.ndarray, " code"]:
+    """Return at how many of the places a code fires, for each code of a site, `lag` positions after them; 0 for those of other groups."""
     book = store.sites[name]
     result = np.zeros(book.n_groups * book.n_codes, dtype=np.int64)
-    for number in range(len(result)):
-        fired = _fired(store, name, number)
-        result[number] = np.count_nonzero(starts[fired[np.searchsorted(fired, lag) :] - lag])
+    for group in groups:
+        for number in range(group * book.n_codes, (group + 1) * book.n_codes):
+            fired = _fired(store, name, number)
+            result[number] = np.count_nonzero(starts[fired[np.searchsorted(fired, lag) :] - lag])
     return result
 
 
 def _repeats(store: Any, name: str) -> bool:
     """Tell whether some position has a code in two slots; the index counts it once."""
     ids, n_codes, slots = store.ids(name), store.sites[name].n_codes, 0
+    fired = int(np.asarray(store.counts(name)).sum())
+    if fired == ids.size:  # every slot is full, and each is counted
+        return False
     step = max(1, _AT_ONCE // max(1, int(np.prod(ids.shape[1:]))))
     for first in range(0, len(ids), step):
         slots += int(np.count_nonzero(ids[first : first + step] != n_codes))
-    return slots != int(np.asarray(store.counts(name)).sum())
-
-
-def _once(ids: Integer[np.ndarray, "position group k"], n_codes: int) -> Integer[np.ndarray, "position group k"]:
-    """Empty the slots whose code stands in another one too."""
-    ids = np.sort(ids, axis=-1)
-    again = ids[..., 1:] == ids[..., :-1]
-    ids[..., 1:][again] = n_codes
-    return ids
+    return slots != fired
 
 
 def count_pairs(
@@ -93,7 +90,7 @@ def count_pairs(
         starts: The places (`pair_starts`).
         lag: Positions between the two.
         least: Pairs that fire together less often are left out, >= 1.
-        n_earlier, n_later: How often each code fires at these places (`margins`).
+        n_earlier, n_later: How often each code fires at these places (`margins`); one that fires less often than `least` is in no pair.
 
     Yields:
         The pairs of each code of the earlier site that fires so often, one code after the other.
@@ -109,7 +106,7 @@ def count_pairs(
         row = np.zeros(book.n_groups * width, dtype=np.int64)
         for first in range(0, len(fired), step):
             found = ids[fired[first : first + step]]
-            found = _once(found, book.n_codes) if repeats else found
+            found = once(found, book.n_codes) if repeats else found
             row += np.bincount((found + shift).reshape(-1), minlength=len(row))
         together = row.reshape(book.n_groups, width)[:, :-1].reshape(-1)  # the last of each group stands for no code
         chosen = np.flatnonzero((together >= least) & often)

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tl_codebook.errors import CheckpointError, CheckpointExistsError, ConfigError, DataError
-from tl_codebook.files import as_path, check_writable, read_json, replace_json, replace_text
+from tl_codebook.errors import CheckpointError, ConfigError, DataError
+from tl_codebook.files import as_path, read_json, replace_json, replace_text, target_file
 from tl_codebook.graphs.order import in_order
 from tl_codebook.names import Code
 
@@ -20,16 +20,6 @@ __all__ = ["circuit_tracer_graph", "write_circuit_tracer", "write_graphml"]
 _SLUG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 _INDEX = "graph-metadata.json"
 """The list of graphs that the frontend reads first, beside them."""
-
-
-def _target(path: str | Path, overwrite: bool) -> Path:
-    target = as_path(path)
-    if target.is_dir():
-        raise CheckpointError(f"{target} is a folder. Give the name of a file.")
-    if target.exists() and not overwrite:
-        raise CheckpointExistsError(f"{target} exists. Choose another name, or say overwrite=True.")
-    check_writable(target.parent, overwrite=True)
-    return target
 
 
 def _check_nodes(graph: networkx.DiGraph) -> None:
@@ -59,7 +49,7 @@ def write_graphml(graph: networkx.DiGraph, path: str | Path, *, overwrite: bool 
     import networkx as nx
 
     _check_nodes(graph)
-    target = _target(path, overwrite)
+    target = target_file(path, overwrite)
     plain = nx.DiGraph(**{key: _scalar(value) for key, value in graph.graph.items() if value is not None})
     for code, own in graph.nodes(data=True):
         parts = {"layer": code.layer, "site": code.site, "group": code.group, "code": code.code}
@@ -159,7 +149,7 @@ def write_circuit_tracer(graph: networkx.DiGraph, folder: str | Path, slug: str 
     'codes.json'
     """
     content = circuit_tracer_graph(graph, slug)
-    target = _target(as_path(folder) / f"{slug}.json", overwrite)
+    target = target_file(as_path(folder) / f"{slug}.json", overwrite)
     index = target.with_name(_INDEX)
     listed: Any = []
     if index.exists():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -42,6 +42,7 @@ class FlipRate(NamedTuple):
     flipped: float
     """Of the rows in which the effect was absent before, those in which it is there afterwards."""
     n_rows: int
+    """Rows in which the cause was forced, one position in each."""
     n_absent: int
     """Rows in which the effect was absent before."""
     random_cause: float
@@ -50,7 +51,7 @@ class FlipRate(NamedTuple):
     """Control: `flipped` of wrong codes, those of equal frequency in the effect's place: the mean over them."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class FlipRates:
     """What forcing codes does to others: the fields of `FlipRate` as tensors [cause effect]. ``rates[cause, effect]`` is one of them."""
 
@@ -64,6 +65,13 @@ class FlipRates:
     random_cause: Float[Tensor, "cause effect"]
     wrong_effect: Float[Tensor, "cause effect"]
     lag: int
+
+    def __repr__(self) -> str:
+        lines = [f"FlipRates of {len(self.causes)} causes and {len(self.effects)} effects, lag {self.lag}"]
+        for row in sorted(self.rows(), key=lambda row: -row.flipped if row.flipped == row.flipped else 1.0)[:10]:
+            controls = f"random cause {row.random_cause:.2f}, wrong effect {row.wrong_effect:.2f}"
+            lines.append(f"  {row.cause} -> {row.effect}: flipped {row.flipped:.2f} of {row.n_absent} ({controls})")
+        return "\n".join([*lines, "  ..."] if len(self.causes) * len(self.effects) > 10 else lines)
 
     @property
     def difference(self) -> Float[Tensor, "cause effect"]:
@@ -92,7 +100,14 @@ class FlipRates:
     def graph(self, least: int | float = 0.0) -> networkx.DiGraph:
         """Return a graph with an edge from each cause to each effect whose `flipped` is above `least` and above both controls.
 
-        Nodes are `Code`; the ``weight`` of an edge is `flipped`, its other attributes the rest of `FlipRate`.
+        Nodes are `Code`; the ``weight`` of an edge is `flipped`, its other attributes the rest of `FlipRate`. Controls that were not run
+        hold nothing back.
+
+        Args:
+            least: What `flipped` has to pass, 0 to 1.
+
+        Raises:
+            ConfigError: a site whose place in a pass is not known.
         """
         import networkx as nx
 
@@ -131,11 +146,15 @@ def flip_rate(
     Controls, on the same rows: `random_cause`, where in each row another code of the cause's codebook (and group) is forced, drawn from the
     ten that are the nearest in frequency and, where there are such, absent there; and `wrong_effect`, with the cause forced, the mean of
     `flipped` over the ten codes that are the nearest to the effect in frequency in its codebook (and group). Frequencies are those in
-    these tokens. An edge is a cause where `flipped` is above both.
+    these tokens. That the cause makes the effect appear is said only by a `flipped` above both, and with few rows (`n_absent`) the
+    difference may be chance: no test is made.
+
+    Nothing is padded or masked out: every position of a row counts as text, and a padding token would be forced at, looked at and counted
+    like any other. Give rows of one length in tokens.
 
     Args:
         model: A host with codebooks.
-        tokens: Sequences, tokens [row pos] or text, without padding.
+        tokens: Sequences without padding: tokens [row pos], a text, or texts of one length in tokens.
         cause, effect: Codes or labels, or lists of them. Each effect sits at a site after that of each cause.
         lag: Positions from the cause to the effect, >= 0.
         pos: Positions at which a cause may be forced: None (all), an int, a list of ints (negative from the end) or a bool mask [pos] or
@@ -214,7 +233,8 @@ class _Trials(NamedTuple):
 
 
 def _codes(given: Codes, what: str) -> tuple[Code, ...]:
-    codes = tuple(map(as_code, [given] if isinstance(given, str | Code) else given))
+    one = isinstance(given, str) or hasattr(given, "code")  # a label, a Code, or a row about one
+    codes = tuple(map(as_code, cast("Iterable[CodeLike]", [given] if one else given)))
     if not codes:
         raise InvalidCodeError(f"no {what} was given. Give one code or several, such as 'L3.mlp_out:417'.")
     twice = next((code for code in codes if codes.count(code) > 1), None)

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_codebook.characters import escaped
 from tl_codebook.errors import ConfigError, DataError, NonFiniteError, ShapeError, check_whole, nearest
 from tl_codebook.graphs.edits import Edit, edited, edits_of, substitutes, wrong_codes
 from tl_codebook.graphs.running import as_rows, codes_of, frequencies, points_of, run_rows, same_slots
@@ -27,9 +28,10 @@ __all__ = ["PatchEffects", "patch_effects"]
 Metric = Callable[[Float[Tensor, "row pos vocabulary"]], Any]
 
 _BY = ("site", "group", "position", "code")
+"""What one patch may be; ``head`` is another word for ``group``."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PatchEffects:
     """What a metric becomes when codes of one run are brought into another, for each place that was patched.
 
@@ -43,9 +45,9 @@ class PatchEffects:
     """The metric of the clean run, with nothing patched."""
     corrupt: float
     into_corrupt: Float[Tensor, "*place"]
-    """The metric of the corrupt run with the clean codes brought in."""
+    """The metric of the corrupt run with the clean codes brought in (denoising)."""
     into_clean: Float[Tensor, "*place"]
-    """The metric of the clean run with the corrupt codes brought in."""
+    """The metric of the clean run with the corrupt codes brought in (noising)."""
     n_changed: Int[Tensor, "*place"]
     """Slots in which the two runs differ there; where there is none, nothing was run and nothing changes."""
     random: Float[Tensor, "*place"] | None = None
@@ -56,6 +58,15 @@ class PatchEffects:
     """With ``by="code"`` the clean codes, one for each name."""
     positions: tuple[int, ...] = ()
     """With ``by="code"`` the position of each, and with ``by="position"`` all of them."""
+    words: tuple[str, ...] = ()
+    """The tokens of the first clean prompt, for plots; none where the model has no tokenizer."""
+
+    def __repr__(self) -> str:
+        shape = " x ".join(map(str, self.into_corrupt.shape))
+        lines = [f"PatchEffects by {self.by} ({shape}): the metric is {self.clean:.4g} clean, {self.corrupt:.4g} corrupt"]
+        if self.clean != self.corrupt:
+            lines += [f"  {name}: recovered {share:+.3f}" for name, share in self.top(5)]
+        return "\n".join(lines)
 
     @property
     def recovered(self) -> Float[Tensor, "*place"]:
@@ -142,18 +153,22 @@ def patch_effects(
     """Bring codes of the clean run into the corrupt one, and the reverse, a place at a time, and measure what that does.
 
     Patches run as rows of one batched forward pass, each row with its own. The codes of the other run are those it has with nothing
-    patched. Places at which the two runs have the same codes are not run: the metric stays as it is. Rows are taken as text from end to
-    end: no padding.
+    patched. Places at which the two runs have the same codes are not run: the metric stays as it is.
+
+    Nothing is padded or masked out: every position of a row is text, a padding token too, and the positions of the two prompts stand for
+    each other one by one. Give prompts of one length in tokens.
 
     Args:
         model: A host with codebooks.
-        clean, corrupt: Prompts, tokens [row pos] or text, of one shape: position i of the one stands for position i of the other.
+        clean, corrupt: Prompts without padding, tokens [row pos] or text, of one shape: position i of the one stands for position i of
+            the other.
         metric: From logits [row pos vocabulary] of all rows to one number, such as a mean logit difference.
-        by: What one patch is. ``site``: a whole codebook, at every position. ``group``: one group (head) of it. ``position``: a codebook
-            at one position. ``code``: one code at one position, in the rows where the clean run has it and the corrupt one does not; the
-            codes in which two runs differ at a place are matched in the order of their slots, and into the clean run goes the match
-            of the code, in its place (a code without a match is left out).
-        sites: Hook names, addresses or sites to patch; all codebooks by default.
+        by: What one patch is. ``site``: a whole codebook, at every position. ``group`` or ``head``: one group of it. ``position``: a
+            codebook at one position. ``code``: one code at one position, in the rows where the clean run has it and the corrupt one does
+            not; the codes in which two runs differ at a place are matched in the order of their slots (greedy pursuit may choose a code
+            twice: so often it is there), and into the clean run goes the match of the code, in its place (a code without a match is left
+            out).
+        sites: Hook names, addresses (``L3.mlp_out``) or sites (``z``) to patch, whole codebooks; all of them by default.
         controls: Run the controls `random` and `wrong` of `PatchEffects` too, which doubles the work.
         store: A `CodeStore` that says how frequent codes are; by default the two runs themselves do, which is little text.
         batch_size: Rows of one pass, >= 1.
@@ -166,7 +181,7 @@ def patch_effects(
     Raises:
         ShapeError: prompts of different shapes, or a metric that gives more than one number.
         NonFiniteError: a metric that gives NaN or infinity.
-        ConfigError: another `by`, a model without codebooks, or a batch of no row.
+        ConfigError: another `by`, a model without codebooks, an address with a group in `sites`, or a batch of no row.
         DataError: prompts with which the runs have the same codes at all of these sites (``by="code"``), or bad tokens.
         UnknownHookError: a name at which no codebook sits.
 
@@ -179,6 +194,7 @@ def patch_effects(
     >>> effects.into_corrupt.shape, effects.axes[0][:2], effects.axes[1]
     (torch.Size([4, 4]), ('L0.z', 'L0.mlp_out'), ('0', '1', '2', '3'))
     """
+    by = "group" if by == "head" else by
     if by not in _BY:
         raise ConfigError(f"by={by!r} was asked for. {nearest(str(by), _BY)}Give one of {', '.join(_BY)}.")
     if not callable(metric):
@@ -230,15 +246,21 @@ def patch_effects(
         n_changed=n_changed.reshape(shape),
         codes=tuple(edit.code for edit in edits if edit.code is not None),
         positions=tuple(pos for pos in positions if pos is not None),
+        words=_words(host, prompts["clean"][0]),
         **{way: each.reshape(shape) for way, each in values.items()},
     )
+
+
+def _words(host: Any, row: Int[Tensor, " pos"]) -> tuple[str, ...]:
+    tokenizer = getattr(host, "tokenizer", None)
+    return () if tokenizer is None else tuple(escaped(str(tokenizer.decode([token]))) for token in row.tolist())
 
 
 def _number(metric: Metric, logits: Tensor, run: str) -> float:
     found = metric(logits)
     value = found.detach() if isinstance(found, Tensor) else torch.as_tensor(found)
-    if value.numel() != 1 or value.is_complex():
-        raise ShapeError(f"the metric gave {value.dtype} {list(value.shape)} for {run}. Return one number, such as the mean over rows.")
+    if value.ndim or value.is_complex():
+        raise ShapeError(f"the metric gave {value.dtype} {list(value.shape)} for {run}. Return one number, such as `.mean()` over rows.")
     number = float(value)
     if not math.isfinite(number):
         raise NonFiniteError(f"the metric gave {number} for {run}. Return a finite number; look at the logits that it was given.")

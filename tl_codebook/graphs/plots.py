@@ -37,7 +37,8 @@ def plot_effects(effects: Any, what: str, ax: Axes | None, n: int) -> Axes:
         limit = float((values - nothing).abs().max()) or 1.0
         image = ax.imshow(values.numpy(), cmap="RdBu", vmin=nothing - limit, vmax=nothing + limit, aspect="auto")
         ax.figure.colorbar(image, ax=ax)
-        ax.set_xticks(range(values.shape[1]), _plain(effects.axes[1]))
+        names = [f"{pos} {word}" for pos, word in zip(effects.axes[1], effects.words or [""] * values.shape[1], strict=True)]
+        ax.set_xticks(range(values.shape[1]), _plain(name.strip() for name in names), rotation=90 if effects.words else 0)
         ax.set_yticks(range(values.shape[0]), _plain(effects.axes[0]))
         ax.set_xlabel("position")
     else:

@@ -12,7 +12,7 @@ from torch import Tensor
 from tl_codebook.attachment import match_sites, sites
 from tl_codebook.errors import ConfigError, DataError, ShapeError
 from tl_codebook.hosts import as_host, evaluating, home_device
-from tl_codebook.names import codes_hook
+from tl_codebook.names import Address, codes_hook
 from tl_codebook.points import CodebookPoint
 from tl_codebook.steering import steer
 
@@ -27,7 +27,7 @@ _NEAR = 10
 
 
 def as_rows(model: Any, given: Any, what: str) -> Int[Tensor, "row pos"]:
-    """Return tokens [row pos] on the CPU from tokens, a text or several texts of one length in tokens.
+    """Return tokens [row pos] on the CPU from tokens, a text or several texts of one length in tokens; nothing is padded.
 
     Raises:
         ConfigError: a text for a model without a tokenizer.
@@ -64,11 +64,18 @@ def points_of(model: Any, names: str | Iterable[str] | None) -> list[CodebookPoi
     """Return the codebooks meant, in the order of the layers.
 
     Raises:
-        ConfigError: the model has none, or none was asked for.
+        ConfigError: the model has none, none was asked for, or a group of one was.
         UnknownHookError: a name at which no codebook sits.
     """
     if not sites(model):
         raise ConfigError("the model has no codebooks. Call attach first, or load a model that was saved with them.")
+    names = names if names is None or isinstance(names, str) else list(names)
+    for name in [names] if isinstance(names, str) else names or []:
+        if name.startswith("L") and Address.parse(name).group is not None:
+            raise ConfigError(
+                f"{name!r} was asked for, which is one group, but sites= means whole codebooks. Give {name.rpartition('.')[0]!r}, with "
+                "by='group' to have each group on its own."
+            )
     chosen = {point.site for point in match_sites(model, names)}
     if not chosen:
         raise ConfigError("sites is empty. Give hook names, addresses ('L3.mlp_out') or sites ('z'), or leave it out for all codebooks.")

@@ -45,8 +45,8 @@ def association(statistic: str, together: Counts, earlier: Counts, later: Counts
 
     ``npmi``: normalised pointwise mutual information, -1 (never together) through 0 (independent) to 1 (never apart). ``lift``: how many
     times more often together than independent ones, 0 or more. ``jaccard``: places with both among places with either, 0 to 1. ``mi``:
-    mutual information of firing and not firing, nats, 0 or more. ``cond_prob``: probability of the later code where the earlier one
-    fires, 0 to 1. Float64.
+    mutual information of firing and not firing, bits, 0 to 1; great too where two codes avoid each other. ``cond_prob``: probability of
+    the later code where the earlier one fires, 0 to 1. Float64.
 
     Args:
         statistic: One of these.
@@ -74,7 +74,7 @@ def association(statistic: str, together: Counts, earlier: Counts, later: Counts
         mi = np.zeros_like(x)
         for n, row, column in ((x, a, b), (a - x, a, total - b), (b - x, total - a, b), (total - a - b + x, total - a, total - b)):
             some = n > 0  # 0 log 0 = 0
-            mi[some] += n[some] / total * np.log(n[some] * total / (row[some] * column[some]))
+            mi[some] += n[some] / total * np.log2(n[some] * total / (row[some] * column[some]))
         return np.maximum(mi, 0.0)
     result = np.full_like(x, -1.0)
     some, always = (x > 0) & (x < total), x == total

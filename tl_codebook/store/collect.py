@@ -8,8 +8,9 @@ import json
 import shutil
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from tl_codebook.store.reader import CodeReader
 from tl_codebook.store.sequences import Place, SequenceSource, open_documents
 from tl_codebook.store.store import CodeStore
 from tl_codebook.store.text import check_text, save_vocabulary, vocabulary_of
-from tl_codebook.store.writing import LOCK, GrowingStore, is_leftover, remove_store, shard_folder, sole_writer
+from tl_codebook.store.writing import LOCK, GrowingStore, check_links, is_leftover, remove_store, shard_folder, sole_writer
 
 __all__ = ["collect_codes"]
 
@@ -98,6 +99,8 @@ def collect_codes(
     if resume and overwrite:
         raise ConfigError("resume=True and overwrite=True were both asked for: go on with what is there, or remove it? Give one.")
     tokenizer = getattr(host, "tokenizer", None) if tokenizer is None else tokenizer
+    if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "get_vocab")):
+        raise ConfigError(f"tokenizer={str(tokenizer)[:60]!r} was given. Give a Hugging Face tokenizer, as from AutoTokenizer.")
     length = _length(host, context_length)
     folder, documents = files.as_path(path), open_documents(dataset, column)
     reader = CodeReader(host, points, batch_size * length)
@@ -156,6 +159,7 @@ class _Job:
 
     def __post_init__(self) -> None:
         self.processes = Processes.current(self.reader.device.type)
+        self.locked = False  # whether this process holds the lock of the folder
         per_token = sum(book.bytes_per_token for book in self.reader.books)
         self.window = max(min(_WINDOW_TOKENS, _WINDOW_BYTES // per_token), 4 * self.reader.batch_tokens)
         n_slots = sum(book.n_groups * book.k for book in self.reader.books)
@@ -169,7 +173,8 @@ class _Job:
             if state == "finished":
                 return CodeStore(folder)
             first = together(self._first) if state == "new" else None
-            together(lambda: self._prepare(folder, state == "new", stack), main_only=True)
+            again = partial(self._state, folder, resume=resume, overwrite=overwrite)
+            together(lambda: self._prepare(folder, str(state), again, stack), main_only=True)
             own = GrowingStore(shard_folder(folder, self.processes.index, self.processes.count), self.reader.books, self._noted())
             stack.callback(own.close)
             together(lambda: self._open(own, state == "new", stack))
@@ -193,7 +198,7 @@ class _Job:
             held = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
         except OSError as error:
             raise CheckpointError(f"{folder} cannot be read ({error.strerror or error}). Choose another folder.") from error
-        if LOCK in held and self.processes.main:
+        if LOCK in held and self.processes.main and not self.locked:
             with sole_writer(folder):
                 pass
         held = {name for name in held if name != LOCK and not is_leftover(name)}
@@ -210,7 +215,7 @@ class _Job:
             raise CheckpointExistsError(f"{folder} holds {what} already. Choose another folder, or say {also}; nothing was changed.")
         if finished:
             self._compare(folder, files.read_json(folder / MANIFEST), self.asked)
-            if self.processes.main and PROGRESS in held:  # killed after its last word, before it had cleaned up
+            if self.processes.main and PROGRESS in held and not self.locked:  # killed after its last word, before it had cleaned up
                 with sole_writer(folder):
                     GrowingStore(folder, self.reader.books, {}).clean()
             return "finished"
@@ -233,11 +238,14 @@ class _Job:
             raise DataError("the dataset holds no text: every document is empty. Give one with text.")
         return first
 
-    def _prepare(self, folder: Path, new: bool, stack: contextlib.ExitStack) -> None:
+    def _prepare(self, folder: Path, state: str, again: Callable[[], str], stack: contextlib.ExitStack) -> None:
         """Take hold of the folder, and of the room on its disk; what an earlier collection wrote goes, where this one is new."""
         files.check_writable(folder, overwrite=True)
         stack.enter_context(sole_writer(folder))
-        if new:
+        self.locked = True
+        if again() != state:  # a whole collection of another process fits between the first look and the lock
+            raise CheckpointError(f"another process collected into {folder} in the meantime. Look at what is there, and call again.")
+        if state == "new":
             size = self._bytes()
             free = shutil.disk_usage(folder).free
             if size > free:
@@ -246,9 +254,11 @@ class _Job:
                     "folder, or give a smaller n_tokens."
                 )
             remove_store(folder)
+        else:
+            check_links(folder)
         if self._shown and self._size():
-            tqdm.write(f"{folder}: {self._size()}, {self.per_token:,} bytes a token", file=sys.stderr)
-        if new and self.processes.count > 1:
+            tqdm.write(f"{repr(str(folder))[1:-1]}: {self._size()}, {self.per_token:,} bytes a token", file=sys.stderr)
+        if state == "new" and self.processes.count > 1:
             whole = GrowingStore(folder, self.reader.books, self._noted())
             whole.start()
             whole.close()

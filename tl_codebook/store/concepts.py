@@ -20,7 +20,7 @@ from torch import Tensor
 from tl_codebook.errors import ConfigError, DataError, SearchTimeoutError, ShapeError
 from tl_codebook.store.text import Text, Vocabulary, decode
 
-__all__ = ["At", "Matches", "Query", "Searchable", "concept_positions", "match_text"]
+__all__ = ["At", "Matches", "Query", "Searchable", "concept_positions", "match_text", "sequence_starts"]
 
 At = Literal["first", "last", "all"]
 
@@ -133,6 +133,11 @@ def _group_of(compiled: Any, group: int | str | None) -> int:
             "Give one of them, 0 for the whole match, or None for the first."
         )
     return number
+
+
+def sequence_starts(store: Searchable) -> Int64[np.ndarray, " sequence"]:
+    """Return the first position of each sequence of a store."""
+    return np.array([store.sequence(number).start for number in range(store.n_sequences)], dtype=np.int64)
 
 
 def _words(store: Searchable, vocabulary: Vocabulary | None) -> Vocabulary:
@@ -309,6 +314,8 @@ def _positions(
             "bools."
         )
     wanted = np.unique(array)
+    if array.shape == (store.n_tokens,) and set(wanted.tolist()) <= {0, 1}:
+        raise ConfigError("the query has a 0 or 1 for each position of the store, which would be tokens 0 and 1. Give a mask as bools.")
     known = vocabulary or store.vocabulary
     outside = wanted[(wanted < 0) | ((wanted >= known.n_tokens) if known else False)]
     if outside.size:
@@ -324,10 +331,12 @@ def _shifted(store: Searchable, positions: Int64[np.ndarray, " position"], shift
     """Move positions, and leave out those that would leave their sequence."""
     if not shift or not len(positions):
         return positions
+    if abs(shift) >= store.n_tokens:
+        return positions[:0]
     moved = positions + shift
     inside = (moved >= 0) & (moved < store.n_tokens)
     positions, moved = positions[inside], moved[inside]
-    bounds = np.array([store.sequence(i).start for i in range(store.n_sequences)])
+    bounds = sequence_starts(store)
     return moved[np.searchsorted(bounds, positions, side="right") == np.searchsorted(bounds, moved, side="right")]
 
 

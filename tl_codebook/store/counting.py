@@ -13,7 +13,7 @@ from jaxtyping import Float64, Int64, Integer
 from tl_codebook.errors import ConfigError, DataError, check_whole
 from tl_codebook.store.concepts import Searchable
 
-__all__ = ["CodeCounts", "code_counts"]
+__all__ = ["CodeCounts", "code_counts", "firing_counts", "once", "slot_of"]
 
 _ROWS_AT_ONCE, _ROWS_IN_CACHE = 2**17, 2**12  # positions that are read, and that are counted, at a time
 
@@ -53,13 +53,35 @@ class CodeCounts(NamedTuple):
         return np.maximum(information, 0)
 
 
-def _fires(ids: Integer[np.ndarray, "token group k"], n_codes: int, distinct: bool) -> Int64[np.ndarray, "group code"]:
-    """Count at how many positions each code fires; `n_codes` stands for an empty slot, `distinct` says that no slot repeats another."""
+def slot_of(ids: Integer[np.ndarray, "token k"], code: int) -> Int64[np.ndarray, " token"]:
+    """Return the first slot that holds a code at each position, 0 for the most similar code there, -1 where the code does not fire.
+
+    >>> slot_of(np.array([[3, 5], [5, 5], [1, 2]]), 5)
+    array([ 1,  0, -1])
+    """
+    holds = ids == code
+    return np.where(holds.any(-1), holds.argmax(-1), -1)
+
+
+def firing_counts(ids: Integer[np.ndarray, "token group k"], n_codes: int, distinct: bool = False) -> Int64[np.ndarray, "group code"]:
+    """Return at how many positions each code fires, a code in several slots of one position once.
+
+    Args:
+        ids: Of some positions; `n_codes` stands for an empty slot.
+        n_codes: How many codes a group has.
+        distinct: Whether it is known that no slot repeats another, which saves the look.
+
+    Raises:
+        DataError: an id above `n_codes`.
+
+    >>> firing_counts(np.array([[[0, 0]], [[2, 0]], [[3, 3]]]), 3)
+    array([[2, 0, 1]])
+    """
     n_tokens, n_groups, _ = ids.shape
     counts = np.zeros((n_groups, n_codes), np.int64)
     for start in range(0, n_tokens, _ROWS_IN_CACHE):
         rows = ids[start : start + _ROWS_IN_CACHE]
-        slots = rows if distinct else _once(rows, n_codes)
+        slots = rows if distinct else once(rows, n_codes)
         for group in range(n_groups):
             found = np.bincount(slots[:, group].reshape(-1), minlength=n_codes + 1)
             if len(found) > n_codes + 1:
@@ -70,8 +92,12 @@ def _fires(ids: Integer[np.ndarray, "token group k"], n_codes: int, distinct: bo
     return counts
 
 
-def _once(ids: Integer[np.ndarray, "token group k"], empty: int) -> Integer[np.ndarray, "token group k"]:
-    """Empty the slots that repeat the code of another one at the same position."""
+def once(ids: Integer[np.ndarray, "token group k"], empty: int) -> Integer[np.ndarray, "token group k"]:
+    """Return ids in which no code stands in two slots of one position: the slots that repeat one are empty. Their order may change.
+
+    >>> once(np.array([[[4, 4, 1]]]), 7)
+    array([[[4, 7, 1]]])
+    """
     k = ids.shape[-1]
     if k > 16:
         ids = np.sort(ids, axis=-1)
@@ -126,12 +152,12 @@ def code_counts(
     # With no slot empty or repeated, the k codes of a position are k activations.
     distinct = int(every.sum()) == store.n_tokens * book.n_groups * book.k
     if n_slots is not None and n_slots < book.k:
-        every = _fires(ids[:, :, :n_slots], book.n_codes, distinct)
+        every = firing_counts(ids[:, :, :n_slots], book.n_codes, distinct)
 
     def at(rows: np.ndarray) -> np.ndarray:
         total = np.zeros_like(every)
         for start in range(0, len(rows), _ROWS_AT_ONCE):
-            total += _fires(ids[rows[start : start + _ROWS_AT_ONCE]][:, :, :n_slots], book.n_codes, distinct)
+            total += firing_counts(ids[rows[start : start + _ROWS_AT_ONCE]][:, :, :n_slots], book.n_codes, distinct)
         return total
 
     if not special:

@@ -19,7 +19,7 @@ import torch
 
 from tl_codebook import files
 from tl_codebook.errors import CheckpointError, ConfigError, UnknownHookError, nearest
-from tl_codebook.names import Address, split_hook_name
+from tl_codebook.names import Address, hook_name, split_hook_name
 
 __all__ = [
     "AGAIN",
@@ -44,14 +44,8 @@ __all__ = [
 ]
 
 FORMAT, VERSION = "tl_codebook.store", 1
-MANIFEST, PROGRESS, STARTS, FLAGS, TOKENS, STATE = (
-    "manifest.json",
-    "progress.json",
-    "starts.npy",
-    "flags.npy",
-    "tokens",
-    "tokens/state.json",
-)
+MANIFEST, PROGRESS, STARTS, FLAGS, TOKENS = "manifest.json", "progress.json", "starts.npy", "flags.npy", "tokens"
+STATE, INFO = f"{TOKENS}/state.json", f"{TOKENS}/dataset_info.json"
 AGAIN = "Copy the store again, or collect it again."
 _LABEL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,47}")
 _FIELDS = {"format", "version", "n_sequences", "n_tokens", "context_length", "model", "codes_sha256", "sites", "tokenizer", "complete"}
@@ -151,12 +145,17 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], dict[str, StoredBook]]:
         CheckpointError: there is no store, an unfinished one, one of a newer release, or a damaged manifest.
     """
     path = folder / MANIFEST
-    if not folder.is_dir():
+    try:
+        is_folder = folder.is_dir()
+    except OSError as error:  # a name that is too long
+        raise CheckpointError(f"{str(folder)[:200]!r} is no name of a folder ({error.strerror}). Choose another.") from error
+    if not is_folder:
         raise CheckpointError(f"{folder} is no folder. Give one that collect_codes wrote.")
     if not path.is_file():
         if (folder / PROGRESS).is_file():
             raise CheckpointError(f"{folder} is an unfinished collection. Finish it with collect_codes(..., resume=True).")
         raise CheckpointError(f"{folder} holds no {MANIFEST}, so it is no store. Give a folder that collect_codes wrote.")
+    files.resolve(folder, MANIFEST)
     manifest = files.read_json(path, again=AGAIN)
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path} is of the format {manifest.get('format')!r:.60}, not {FORMAT!r}. Give a folder of collect_codes.")
@@ -174,7 +173,11 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], dict[str, StoredBook]]:
     sites = manifest["sites"]
     if not isinstance(sites, dict) or not sites:
         raise CheckpointError(f"{path}: its sites are {sites!r:.60}. {AGAIN}")
-    return manifest, {name: _read_book(path, name, entry) for name, entry in sites.items()}
+    books = {name: _read_book(path, name, entry) for name, entry in sites.items()}
+    hashes = manifest["codes_sha256"]
+    if not isinstance(hashes, dict) or not all(isinstance(value, str) for value in hashes.values()):
+        raise CheckpointError(f"{path}: codes_sha256 is {hashes!r:.60}, not a hash for each site. {AGAIN}")
+    return manifest, books
 
 
 def _whole(value: Any, least: int) -> bool:
@@ -186,8 +189,11 @@ def _read_book(path: Path, name: str, entry: Any) -> StoredBook:
         raise CheckpointError(f"{path}: the site {name!r:.80} is described as {entry!r:.120}. {AGAIN}")
     try:
         book = stored_book(name, entry["n_codes"], entry["n_groups"], entry["k"])
+        layer, site = split_hook_name(name)
     except ValueError as error:  # LabelError, ConfigError: a name that reaches out of the folder among them
         raise CheckpointError(f"{path}: {error} {AGAIN}") from None
+    if hook_name(layer, site) != name:  # blocks.00: another name for the files of blocks.0
+        raise CheckpointError(f"{path}: the site {name!r:.80} is written {hook_name(layer, site)!r}. {AGAIN}")
     if entry.get("dtype") != book.dtype.name:
         raise CheckpointError(
             f"{path}: the ids of {name!r} are {entry.get('dtype')!r:.20}, {book.n_codes} codes need {book.dtype}. {AGAIN}"
@@ -198,7 +204,7 @@ def _read_book(path: Path, name: str, entry: Any) -> StoredBook:
 def expected_files(manifest: Mapping[str, Any], books: Mapping[str, StoredBook]) -> dict[str, int | None]:
     """Return the files of a store, and the bytes of the array in each where the manifest says them."""
     n_tokens = int(manifest["n_tokens"])
-    expected: dict[str, int | None] = {STARTS: 8 * (int(manifest["n_sequences"]) + 1), FLAGS: n_tokens, STATE: None}
+    expected: dict[str, int | None] = {STARTS: 8 * (int(manifest["n_sequences"]) + 1), FLAGS: n_tokens, STATE: None, INFO: None}
     for book in books.values():
         expected[book.ids_file] = n_tokens * book.bytes_per_token
         expected[book.offsets_file] = 8 * (book.n_groups * book.n_codes + 1)
@@ -229,10 +235,10 @@ def open_array(path: Path, dtype: Any, shape: tuple[int | None, ...]) -> np.ndar
     >>> open_array(tmp_path / "a.npy", np.uint8, (3,))
     memmap([0, 1, 2], dtype=uint8)
     """
+    if not path.is_file():  # a pipe of that name would be waited for
+        raise CheckpointError(f"{path} is missing. The copy is incomplete: copy it again.")
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing. The copy is incomplete: copy it again.") from None
     except Exception as error:  # what numpy raises for a header it cannot read is not documented
         raise CheckpointError(f"{path} is damaged or incomplete ({error}; {path.stat().st_size} bytes). {AGAIN}") from error
     if not isinstance(array, np.ndarray):

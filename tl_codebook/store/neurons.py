@@ -36,9 +36,11 @@ class CodeBesideNeuron:
     neuron: str
     """Where it is, and which: ``L3.post[417]``."""
     neuron_precision: float
+    """Of the neuron, 0 to 1."""
     neuron_recall: float
+    """Of the neuron, 0 to 1, and no less than that of the code."""
     threshold: float
-    """The neuron fires at or above it."""
+    """The neuron fires at or above it, in the units of its activation."""
 
 
 class _Part(NamedTuple):
@@ -178,9 +180,10 @@ def compare_with_neurons(
         at, group, shift, special, timeout, vocabulary: As for `search_codes`.
 
     Raises:
-        ConfigError: as for `search_codes`.
+        ConfigError: `hits` of another concept; and as for `search_codes`.
         DataError: activations that are NaN, or none at all; and as for `search_codes`.
         ShapeError: activations of another number of positions; and as for `search_codes`.
+        SearchTimeoutError, UnknownHookError, LabelError: as for `search_codes`.
 
     Source: Tamkin et al. 2023, section 3 (a neuron's threshold is set so that its recall equals that of the code).
 

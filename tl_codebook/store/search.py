@@ -6,16 +6,17 @@ holds counts once, however many matches mark it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
 
-from tl_codebook.errors import ConfigError, DataError, LabelError, PositionError, UnknownHookError, check_whole, nearest
-from tl_codebook.names import SITES, Address, Code, split_hook_name
+from tl_codebook.errors import ConfigError, DataError, PositionError, check_whole
+from tl_codebook.names import Code
 from tl_codebook.store.concepts import At, Query, Searchable, concept_positions
 from tl_codebook.store.counting import code_counts
+from tl_codebook.store.sites import Wanted, chosen_sites
 from tl_codebook.store.text import Vocabulary
 
 __all__ = ["By", "CodeHit", "codes_of_example", "search_codes"]
@@ -38,7 +39,7 @@ class CodeHit:
     f1: float
     """Harmonic mean of the two."""
     mi: float
-    """What the code tells of the concept (fires or not, holds or not), in bits, 0 to 1."""
+    """What the code tells of the concept (fires or not, holds or not), in bits, 0 to 1; great too where it avoids the concept."""
     hits: int
     """Positions at which the code fires and the concept holds."""
     activations: int
@@ -52,46 +53,11 @@ class CodeHit:
         return Code.parse(self.label)
 
 
-def _chosen(store: Searchable, wanted: str | Iterable[str] | None) -> dict[str, list[int] | None]:
-    """Return the hook names that addresses, sites or hook names mean, each with its groups (None for all)."""
-    have = list(store.sites)
-    if wanted is None:
-        return dict.fromkeys(have)
-    chosen: dict[str, list[int] | None] = {}
-    for name in [wanted] if isinstance(wanted, str) else wanted:
-        group = None
-        if name in SITES:
-            found = [hook for hook in have if split_hook_name(hook)[1] == name]
-        elif name in have:
-            found = [name]
-        else:
-            try:
-                address = Address.parse(name)
-            except LabelError:
-                address = None
-            found = [hook for hook in have if address is not None and hook == address.hook_name]
-            group = None if address is None else address.group
-        n_groups = store.sites[found[0]].n_groups if found else 0
-        if not found or (group is not None and group >= n_groups):
-            reason = f"{found[0]} has {n_groups} groups" if found else f"the store has {', '.join(map(_short, have))}"
-            raise UnknownHookError(f"no codes of {name!r} are stored: {reason}. {nearest(name, [*map(_short, have), *have])}")
-        for hook in found:
-            before = chosen.get(hook, [])
-            chosen[hook] = None if group is None or before is None else sorted({*before, group})
-    if not chosen:
-        raise ConfigError("an empty list of sites was given, so that there is no code to search. Give sites, or None for all.")
-    return chosen
-
-
-def _short(hook_name: str) -> str:
-    return str(Address(None, hook_name))
-
-
 def search_codes(
     store: Searchable,
     query: Query,
     *,
-    sites: str | Iterable[str] | None = None,
+    sites: Wanted | None = None,
     by: By = "f1",
     min_precision: float = 0.0,
     min_recall: float = 0.01,
@@ -114,8 +80,8 @@ def search_codes(
         query: A regular expression; matches of one (`match_text`); token ids; a list of texts that are one token each; or a mask of bools,
             one for each position of the store.
         sites: Sites, addresses or hook names (``"z"``, ``"L3.mlp_out"``, ``"L5.z.2"``); by default all.
-        by: What comes first: greatest ``"f1"``, ``"precision"``, ``"recall"``, or ``"mi"`` (mutual information, in bits). Of equals, the
-            greater F1, then the order of the sites, groups and codes.
+        by: What comes first: greatest ``"f1"``, ``"precision"``, ``"recall"``, or ``"mi"`` (mutual information, in bits, which a code
+            that mostly avoids the concept has too). Of equals, the greater F1, then the order of the sites, groups and codes.
         min_precision, min_recall: Least share, 0 to 1. The least recall is the paper's, 1 %.
         n: How many codes to return at most; None for all.
         n_slots: Count only the first slots, those of the most similar codes, 1 to k; by default all. This reads the whole store.
@@ -124,15 +90,15 @@ def search_codes(
         shift: Mark the token so many positions later (earlier, where negative) in the same sequence instead: with -1 the codes that come
             just before a concept, which are the ones to force for more of it.
         special: Count special tokens (BOS, EOS) as positions too; text is never searched in them.
-        timeout: Seconds of matching after which a regular expression is given up.
+        timeout: Seconds of matching, above 0, after which a regular expression is given up.
         vocabulary: For a store that was collected without a tokenizer.
 
     Raises:
-        ConfigError: an option or query that cannot be.
+        ConfigError: an option or query that cannot be, or an empty list of sites.
         SearchTimeoutError: a regular expression that takes longer than `timeout`.
-        DataError: tokens that the vocabulary does not have, or a store without text.
+        DataError: tokens that the vocabulary does not have, a store without text, or a concept that holds at special tokens alone.
         ShapeError: a mask that does not fit the store.
-        UnknownHookError: a site that is not stored.
+        UnknownHookError, LabelError: a site that is not stored, or something that is no name of one.
 
     Source: Tamkin et al. 2023, section 3 (precision of codes at positions that a regular expression matches, with a recall above 1 %).
 
@@ -145,7 +111,7 @@ def search_codes(
     (2, True, 'mlp_out')
     """
     _check_options(by, min_precision, min_recall, n)
-    chosen = _chosen(store, sites)
+    chosen = chosen_sites(store.sites, sites)
     positions = concept_positions(store, query, at=at, group=group, shift=shift, timeout=timeout, vocabulary=vocabulary)
     if len(positions) and not special and store.is_special()[positions].all():
         raise DataError("the concept holds at special tokens alone, which are not counted. Say special=True to count them.")
@@ -158,16 +124,17 @@ def codes_of_example(
     *,
     start: int = 0,
     stop: int | None = None,
-    sites: str | Iterable[str] | None = None,
+    sites: Wanted | None = None,
     min_share: float = 0.5,
-    by: By = "recall",
+    by: By = "mi",
     n: int | None = 100,
     n_slots: int | None = None,
 ) -> list[CodeHit]:
     """Return the codes that fire on a large share of the tokens of one example, such as the codes of its topic.
 
-    In the rows, `recall` is the share of the example's tokens on which the code fires, and `precision` the share of the code's activations
-    that lie in the example. Special tokens are not counted.
+    By default those come first that tell the example from the rest of the store: codes that fire everywhere cover an example too, and lead
+    with ``by="recall"``. In the rows, `recall` is the share of the example's tokens on which the code fires, and `precision` the share of
+    the code's activations that lie in the example. Special tokens are not counted.
 
     Args:
         store: A `CodeStore`.
@@ -180,7 +147,7 @@ def codes_of_example(
         ConfigError: an option that cannot be.
         DataError: no token to count.
         PositionError: a sequence or part of one that is not there.
-        UnknownHookError: a site that is not stored.
+        UnknownHookError, LabelError: a site that is not stored, or something that is no name of one.
 
     Source: Tamkin et al. 2023, section 4 (topic codes fire on more than half of the tokens of a sequence).
 
@@ -203,7 +170,7 @@ def codes_of_example(
     positions = positions[~store.is_special()[whole.start + start : whole.start + end]]
     if not len(positions):
         raise DataError(f"tokens {start} to {end} of sequence {sequence} hold none but special tokens. Give a part with text.")
-    return _ranked(store, _chosen(store, sites), positions, by, 0.0, min_share, n, n_slots, special=False)
+    return _ranked(store, chosen_sites(store.sites, sites), positions, by, 0.0, min_share, n, n_slots, special=False)
 
 
 def _check_options(by: str, min_precision: float, min_recall: float, n: int | None, *, recall: str = "min_recall") -> None:
@@ -218,7 +185,7 @@ def _check_options(by: str, min_precision: float, min_recall: float, n: int | No
 
 def _ranked(
     store: Searchable,
-    chosen: Mapping[str, list[int] | None],
+    chosen: Mapping[str, list[int]],
     positions: np.ndarray,
     by: By,
     min_precision: float,
@@ -234,8 +201,7 @@ def _ranked(
         counts = code_counts(store, site, positions, n_slots=n_slots, special=special)
         figures = {"precision": counts.precision(), "recall": counts.recall(), "f1": counts.f1(), "mi": counts.mi()}
         keep = (counts.hits > 0) & (figures["precision"] >= min_precision) & (figures["recall"] >= min_recall)
-        if groups is not None:
-            keep &= np.isin(np.arange(len(keep)), groups)[:, None]
+        keep &= np.isin(np.arange(len(keep)), groups)[:, None]
         group, code = np.nonzero(keep)
         tables.append((site, counts, figures))
         rows.append(np.stack([np.full(len(code), index), group, code, -figures[by][keep], -figures["f1"][keep]]))

@@ -47,6 +47,8 @@ def open_documents(dataset: Any, column: str = "text") -> Documents:
         known = ", ".join(map(repr, list(dataset)[:5]))
         raise DataError(f"a {type(dataset).__name__} of {known} was given. Give one of them, such as dataset[{next(iter(dataset), '')!r}].")
     if isinstance(dataset, torch.Tensor | np.ndarray):
+        if isinstance(dataset, torch.Tensor) and (dataset.layout != torch.strided or dataset.is_meta):
+            raise DataError(f"a tensor of the layout {dataset.layout} on {dataset.device} was given. Give a dense one that holds its ids.")
         n_rows = len(dataset) if dataset.ndim else 1
         whole = dataset.dtype in (torch.int64, torch.int32, torch.int16, torch.uint8) or str(dataset.dtype).startswith(("int", "uint"))
         if dataset.ndim != 2 or not whole:
@@ -149,7 +151,26 @@ def _item(item: Any, column: str, number: int) -> Any:
     if item is None or ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
         kind = type(item).__name__ if ids.ndim == 0 or ids.dtype.kind == "O" else f"{ids.dtype} {ids.shape}"
         raise DataError(f"document {number} is a {kind}. Give texts, or rows of whole token ids.")
-    return ids if mask is None else ids[np.asarray(mask).astype(bool)]
+    return ids if mask is None else _without_padding(ids, mask, number)
+
+
+def _without_padding(ids: np.ndarray, mask: Any, number: int) -> np.ndarray:
+    """Take off what the mask marks by 0 at either end; an additive mask (0 for text) or one with a hole is no mask of padding."""
+    try:
+        values = np.asarray(mask)
+    except (TypeError, ValueError, RuntimeError):
+        values = np.empty(0, dtype=object)
+    if values.shape != ids.shape or values.dtype.kind not in "biuf" or not np.isin(values, (0, 1)).all():
+        raise DataError(
+            f"document {number} has {len(ids)} tokens and the attention_mask {str(mask)[:60]!r}. Give 1 for each token, 0 for padding."
+        )
+    kept = np.flatnonzero(values)
+    if len(kept) and kept[-1] - kept[0] >= len(kept):
+        raise DataError(
+            f"document {number} has an attention_mask with 0 between tokens, which would put tokens together that are not. Give padding "
+            "at the ends only."
+        )
+    return ids[kept]
 
 
 @dataclass
@@ -233,6 +254,10 @@ class SequenceSource:
     def _pieces(self, skip: int = 0) -> Iterator[Int32[np.ndarray, " _"]]:
         bos = getattr(self.tokenizer, "bos_token_id", None)
         for item, ids in self._tokenized():
+            if isinstance(item, str) and bos is not None and (not isinstance(bos, int) or not 0 <= bos < self.vocabulary):
+                raise DataError(
+                    f"the tokenizer begins texts with the token {bos!r}, the model has {self.vocabulary}. Give the model's own tokenizer."
+                )
             start = [] if bos is None or not isinstance(item, str) else [bos]
             room = self.length - len(start)
             number = self.place.documents

@@ -16,6 +16,7 @@ from tl_codebook.names import Address, Code, CodeLike, as_code
 from tl_codebook.store.manifest import (
     AGAIN,
     FLAGS,
+    MANIFEST,
     STARTS,
     STATE,
     TOKENS,
@@ -77,10 +78,15 @@ class CodeStore:
         """What the manifest says, and the codebooks by hook name."""
         self.n_tokens, self.n_sequences = int(self.manifest["n_tokens"]), int(self.manifest["n_sequences"])
         check_files(self.path, expected_files(self.manifest, self.sites))
+        unhashed = sorted(self.sites.keys() - self.manifest["codes_sha256"].keys())
+        if unhashed:
+            raise CheckpointError(f"{self.path / MANIFEST}: codes_sha256 has no hash for {unhashed[0]!r}. {AGAIN}")
         self.starts: Int64[np.ndarray, " sequence_and_one"] = open_array(self.path / STARTS, np.int64, (self.n_sequences + 1,))
         """First position of each sequence, and `n_tokens`."""
         if self.starts[0] != 0 or self.starts[-1] != self.n_tokens:
             raise CheckpointError(f"{self.path / STARTS} does not go from 0 to {self.n_tokens}, the number of tokens. {AGAIN}")
+        if (self.starts[1:] < self.starts[:-1]).any():
+            raise CheckpointError(f"{self.path / STARTS} does not ascend. {AGAIN}")
         self._index: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def __repr__(self) -> str:
@@ -116,15 +122,21 @@ class CodeStore:
     @cached_property
     def vocabulary(self) -> Vocabulary | None:
         """The bytes of each token; None where the store was collected without a tokenizer."""
-        return load_vocabulary(self.path)
+        found = load_vocabulary(self.path)
+        if found is None and self.manifest.get("vocabulary_bytes") is True:
+            raise CheckpointError(f"{self.path} was collected with the bytes of its tokens, and they are missing. {AGAIN}")
+        return found
 
     @cached_property
     def dataset(self) -> Any:
         """The tokens as a `datasets.Dataset`, a row of ``input_ids`` a sequence."""
         from datasets import load_from_disk
 
-        _ = self._columns  # names of files that lie elsewhere are refused here
-        return load_from_disk(str(self.path / TOKENS))
+        _ = self._columns  # names of files that lie elsewhere are refused here, and columns of anything but token ids
+        try:
+            return load_from_disk(str(self.path / TOKENS)).with_format(None)
+        except Exception as error:  # keys that are not there, features and formats that are none
+            raise CheckpointError(f"{self.path / TOKENS} cannot be read ({error}). {AGAIN}") from error
 
     @cached_property
     def _columns(self) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -133,11 +145,23 @@ class CodeStore:
 
         state = files.read_json(self.path / STATE, again=AGAIN)
         parts: list[np.ndarray] = []
+        lengths = [np.zeros(1, dtype=np.int64)]
         try:
             for entry in state["_data_files"]:
-                with pa.memory_map(str(files.resolve(self.path / TOKENS, entry["filename"]))) as source:
-                    for batch in pa.ipc.open_stream(source):
-                        parts.append(batch.column("input_ids").flatten().to_numpy(zero_copy_only=True))
+                path = files.resolve(self.path / TOKENS, entry["filename"])
+                if not path.is_file():
+                    raise ValueError(f"{path.name} is no file")
+                with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
+                    kinds = {field.name: field.type for field in stream.schema}
+                    if kinds != {"input_ids": pa.list_(pa.int32())} or len(stream.schema) != 1:
+                        raise ValueError(f"its columns are {kinds}, not input_ids of list<int32>")
+                    for batch in stream:
+                        batch.validate(full=True)  # of the offsets: nothing else would keep them inside the file
+                        rows = batch.column(0)
+                        if rows.null_count:
+                            raise ValueError("rows without tokens")
+                        lengths.append(np.diff(rows.offsets.to_numpy()))
+                        parts.append(rows.flatten().to_numpy(zero_copy_only=True))
         except CheckpointError:
             raise
         except Exception as error:  # Arrow's own errors, and keys that are not there
@@ -145,6 +169,8 @@ class CodeStore:
         begins = np.cumsum([0, *map(len, parts)])
         if begins[-1] != self.n_tokens:
             raise CheckpointError(f"{self.path / TOKENS} holds {begins[-1]} tokens, the manifest says {self.n_tokens}. {AGAIN}")
+        if not np.array_equal(np.cumsum(np.concatenate(lengths)), self.starts):
+            raise CheckpointError(f"the rows of {self.path / TOKENS} are not the sequences of {STARTS}. {AGAIN}")
         return begins, parts
 
     def tokens(self, start: int, stop: int) -> Int64[np.ndarray, " token"]:
@@ -243,8 +269,10 @@ class CodeStore:
         fresh = np.ones(there.shape, dtype=bool)
         np.not_equal(there[..., 1:], there[..., :-1], out=fresh[..., 1:])
         for group in range(book.n_groups):
-            at = there[:, group][fresh[:, group]]
-            counts[group] -= np.bincount(at, minlength=book.n_codes + 1)[: book.n_codes]
+            found = np.bincount(there[:, group][fresh[:, group]], minlength=book.n_codes + 1)[: book.n_codes]
+            if (found > counts[group]).any():
+                raise CheckpointError(f"the index of {book.label} in {self.path} has not what its ids have. {AGAIN}")
+            counts[group] -= found
         return counts
 
     def frequency(self, code: CodeLike, *, special: bool = True) -> float:
@@ -274,11 +302,15 @@ class CodeStore:
 
         Raises:
             UnknownHookError, LabelError, InvalidCodeError: no such code in the store.
+            CheckpointError: the index is damaged.
         """
         book, group, number = self._slot(code)
         offsets, positions = self._index_of(book)
         row = group * book.n_codes + number
-        return positions[offsets[row] : offsets[row + 1]].astype(np.int64)
+        found = positions[offsets[row] : offsets[row + 1]].astype(np.int64)
+        if len(found) and (found[-1] >= self.n_tokens or (found[1:] <= found[:-1]).any()):
+            raise CheckpointError(f"{self.path / book.positions_file}: the positions of {code} do not ascend to {self.n_tokens}. {AGAIN}")
+        return found
 
     def contexts(
         self,

@@ -12,22 +12,21 @@ from typing import Any
 import numpy as np
 
 from tl_codebook import files
-from tl_codebook.errors import CheckpointError, CheckpointExistsError, DataError
+from tl_codebook.characters import without_hostile
+from tl_codebook.errors import DataError
 
 __all__ = ["write_csv"]
 
 _FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
 """What a spreadsheet takes for the beginning of a formula, the last four in full width."""
-_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
-"""Control characters other than tabs and ends of a line, and halves of a character, which UTF-8 has not."""
 
 
 def write_csv(rows: Iterable[Any], path: str | Path, *, of: type | None = None, overwrite: bool = False) -> None:
     r"""Write result rows (`CodeHit`, `CodeLabel` ...) as a table: UTF-8, a line a row, the fields as the head; in one step.
 
     Numbers are written in full and stay numbers; None is an empty cell; lists and tuples are joined by spaces. Text that a spreadsheet
-    would take for a formula (it begins with ``= + - @``, a tab or the end of a line) gets a single quote before it, and control characters
-    are written out (``\x1b``).
+    would take for a formula (it begins with ``= + - @``, a tab or the end of a line) gets a single quote before it; what acts or hides
+    (control characters, marks of direction, what has no width) is written out (``\x1b``), but for tabs and ends of a line.
 
     Args:
         rows: Dataclasses, all of one type.
@@ -60,16 +59,7 @@ def write_csv(rows: Iterable[Any], path: str | Path, *, of: type | None = None, 
     if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)) or other is not None:
         what = f"{type(other).__name__} beside {kind.__name__}" if other is not None else f"{kind!r}"
         raise DataError(f"rows of {what} were given. Give dataclasses of one type, as search_codes returns.")
-    target = files.as_path(path)
-    try:
-        is_folder, there = target.is_dir(), target.exists() or target.is_symlink()
-    except OSError as error:  # a name that is too long
-        raise CheckpointError(f"{str(target)[:200]!r} is no name of a file ({error.strerror}). Choose another.") from error
-    if is_folder:
-        raise CheckpointError(f"{target} is a folder. Give the name of a file.")
-    if there and not overwrite:
-        raise CheckpointExistsError(f"{target} exists. Choose another name, or say overwrite=True.")
-    files.check_writable(target.parent, overwrite=True)
+    target = files.target_file(path, overwrite)
     fields = [field.name for field in dataclasses.fields(kind)]
     lines = [fields, *([_cell(getattr(row, name)) for name in fields] for row in found)]
     files.replace_text(target, "".join((",".join(map(_quoted, line)) or '""') + "\n" for line in lines))  # no line is empty
@@ -90,4 +80,4 @@ def _cell(value: Any) -> str:
         value = " ".join(_cell(item) for item in value)
     text = str(value)
     text = "'" + text if text.startswith(_FORMULA) else text
-    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+    return without_hostile(text, keep="\t\r\n")

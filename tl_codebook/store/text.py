@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int64, Integer, UInt8
 
+from tl_codebook import files
 from tl_codebook.errors import CheckpointError, DataError
+from tl_codebook.store.manifest import open_array
 
 __all__ = ["Text", "Vocabulary", "check_text", "decode", "load_vocabulary", "save_vocabulary", "vocabulary_of"]
 
@@ -303,15 +305,13 @@ def load_vocabulary(folder: str | Path) -> Vocabulary | None:
     """Read the vocabulary of a folder; None where there is none.
 
     Raises:
-        CheckpointError: files that are damaged, or hold something else.
+        CheckpointError: files that are damaged, hold something else, or lie elsewhere.
     """
-    files = [Path(folder) / name for name in (_BYTES, _OFFSETS)]
-    if not any(file.exists() for file in files):
+    folder = Path(folder)
+    if not any((folder / name).exists() for name in (_BYTES, _OFFSETS)):
         return None
     try:
-        data, offsets = (np.load(file, mmap_mode="r", allow_pickle=False) for file in files)
-        if data.dtype != np.uint8 or offsets.dtype != np.int64 or data.ndim != 1 or offsets.ndim != 1:
-            raise ValueError(f"{data.dtype} and {offsets.dtype} instead of bytes and offsets")
+        data, offsets = (open_array(files.resolve(folder, name), of, (None,)) for name, of in ((_BYTES, np.uint8), (_OFFSETS, np.int64)))
         return Vocabulary(data, offsets)
-    except (OSError, ValueError, EOFError) as error:
+    except (CheckpointError, DataError) as error:
         raise CheckpointError(f"the vocabulary in {folder} cannot be read ({error}). Collect the store again, or copy it again.") from error

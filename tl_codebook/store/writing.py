@@ -12,6 +12,7 @@ import io
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,7 +25,7 @@ from tl_codebook.errors import CheckpointError
 from tl_codebook.store.manifest import FLAGS, FORMAT, PROGRESS, STARTS, STATE, StoredBook
 from tl_codebook.store.sequences import Place
 
-__all__ = ["ARROW", "LOCK", "GrowingStore", "is_leftover", "remove_store", "shard_folder", "sole_writer"]
+__all__ = ["ARROW", "LOCK", "GrowingStore", "check_links", "is_leftover", "remove_store", "shard_folder", "sole_writer"]
 
 ARROW = "tokens/data-00000-of-00001.arrow"
 WINDOWS, SHARDS, LOCK = "windows.bin", "shards", "writing.lock"
@@ -37,7 +38,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
     """Hold the lock file of a folder, or raise at once where another process holds it; the system ends the lock of one that was killed.
 
     Raises:
-        CheckpointError: another process collects into the folder.
+        CheckpointError: another process collects into the folder, or the lock file is none.
     """
     try:
         import fcntl
@@ -46,7 +47,13 @@ def sole_writer(folder: Path) -> Iterator[None]:
         return
     path = folder / LOCK
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+        except OSError as error:  # a folder or a link of that name among them
+            raise CheckpointError(f"{path} cannot be used as a lock ({error.strerror or error}). Remove it, or choose another.") from error
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise CheckpointError(f"{path} is no ordinary file, which a lock has to be. Remove it, or choose another folder.")
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -93,6 +100,17 @@ def remove_store(folder: Path) -> None:
             path.unlink()
         else:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def check_links(folder: Path) -> None:
+    """Raise where a folder of an unfinished store leads elsewhere: going on with it would write there.
+
+    Raises:
+        CheckpointError: one does.
+    """
+    for name in ("tokens", "ids", "index", SHARDS):
+        if os.path.lexists(folder / name):
+            files.resolve(folder, name)
 
 
 def shard_folder(folder: Path, index: int, count: int) -> Path:
@@ -154,7 +172,11 @@ class GrowingStore:
         note = files.read_json(path, again="Start again with overwrite=True.")
         kinds = {"format": str, "version": int, "asked": dict, "window": int, "taken": int, "documents": int, "pieces": int}
         kinds |= {"digest": str, "n_sequences": int, "n_tokens": int, "bytes": dict}
-        wrong = [key for key, kind in kinds.items() if type(note.get(key)) is not kind]
+        wrong = [key for key, kind in kinds.items() if type(note.get(key)) is not kind or (kind is int and note[key] < 0)]
+        if not wrong:
+            wrong = [name for name, size in note["bytes"].items() if type(size) is not int or size < 0]
+            window = note["asked"].get("window_tokens", 1)
+            wrong += ["window_tokens"] if type(window) is not int or window < 1 else []
         if wrong or note["format"] != f"{FORMAT}.unfinished" or note["version"] != 1:
             raise CheckpointError(f"{path} cannot be used ({f'wrong: {wrong}' if wrong else 'another format'}). Use overwrite=True.")
         return note

@@ -39,7 +39,8 @@ def show_attention(
 ) -> View:
     """Show where each head of a layer looks in a text, and beside every token the codes of that head at ``z``, if it has a codebook.
 
-    Rows are the tokens that look, columns those that are looked at; the darker, the more attention.
+    Rows are the tokens that look, columns those that are looked at; the stronger the colour, the more attention, 0 to 1 (shares below 0.005
+    are left blank).
 
     Args:
         model: A model; its codebooks, if it has any, are at work.

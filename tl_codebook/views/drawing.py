@@ -48,6 +48,8 @@ def show_graph(graph: networkx.DiGraph, *, max_nodes: int = 60, labels: Any = No
     from tl_codebook.graphs.order import in_order
 
     check_whole("max_nodes", max_nodes, least=1)
+    if not (hasattr(graph, "edges") and hasattr(graph, "nodes")):
+        raise DataError(f"a {type(graph).__name__} was given. Give a graph of networkx, as coactivation_graph makes it.")
     other = next((node for node in graph if not isinstance(node, Code)), None)
     if other is not None:
         raise DataError(f"a graph with the node {shown(repr(other))[:80]} was given. Give one of Code, as coactivation_graph makes it.")

@@ -40,11 +40,12 @@ def show_examples(
     Args:
         store: A `CodeStore`.
         code: A `Code`, a label or a `CodeHit`, or several.
-        n: Most places of each code.
+        n: Most places of each code, >= 0.
         order: The first places, or some at random.
-        before, after: Most tokens before and after the place.
+        before, after: Most tokens before and after the place, >= 0.
         seed: Of the random choice.
-        model: The model that was collected from: runs over each context, and colours by the cosine of activation and code.
+        model: The model that was collected from: runs over each sequence up to the end of the context, and colours by the cosine of
+            activation and code (`show_codes`).
         labels: Names of codes: a mapping from label to text, such as `CodeLabels`.
         title: Instead of one that says what is shown.
 

@@ -12,10 +12,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_codebook.errors import ConfigError, DataError, InvalidCodeError, LabelError, PositionError, ShapeError, UnknownHookError, nearest
-from tl_codebook.names import SITES, Address, Code, as_code, split_hook_name
+from tl_codebook.errors import CheckpointError, ConfigError, DataError, LabelError, PositionError, ShapeError
+from tl_codebook.names import Address, Code, as_code, split_hook_name
 from tl_codebook.store.concepts import Searchable
-from tl_codebook.store.text import Vocabulary, load_vocabulary, vocabulary_of
+from tl_codebook.store.counting import slot_of
+from tl_codebook.store.sites import chosen_sites, stored_code
+from tl_codebook.store.text import Vocabulary, vocabulary_of
 from tl_codebook.views.visible import Piece, pieces_of, shown
 
 __all__ = [
@@ -73,8 +75,7 @@ class Passage:
 
     def rank(self, group: Group, code: int) -> Int[np.ndarray, " token"]:
         """Return the slot that a code has at each token, -1 where it does not fire."""
-        there = self.slots[group.hook_name][:, group.group] == code
-        return np.where(there.any(-1), there.argmax(-1), -1)
+        return slot_of(self.slots[group.hook_name][:, group.group], code)
 
     def similarity(self, group: Group, vector: Float[Tensor, " d_group"]) -> Float[np.ndarray, " token"]:
         """Return the cosine of each input and a code, -1 to 1."""
@@ -105,16 +106,6 @@ def books_of(source: Any) -> Mapping[str, Any]:
     return {point.site: point.codebook for point in points_of(source, None)}
 
 
-def _short(hook_name: str) -> str:
-    return str(Address(*split_hook_name(hook_name)))
-
-
-def _unknown(wanted: object, books: Mapping[str, Any], source: Any) -> UnknownHookError:
-    known = [_short(name) for name in books]
-    who = "the store has" if is_store(source) else "the model has codebooks at"
-    return UnknownHookError(f"codes of {str(wanted)[:80]!r} were asked for. {nearest(str(wanted), known)}{who}: {', '.join(known)}.")
-
-
 def as_codes_given(given: Any) -> list[Code] | None:
     """Return the codes that were given, one or several, as `Code`, label or `CodeHit`; None where a site was given instead.
 
@@ -142,17 +133,8 @@ def group_of(source: Any, code: Code) -> Group:
         UnknownHookError, LabelError, InvalidCodeError: no such codebook, no group where there are several, or no such group or code.
     """
     books = books_of(source)
-    if code.hook_name not in books:
-        raise _unknown(code.address, books, source)
-    book, place = books[code.hook_name], _short(code.hook_name)
-    if code.group is None and book.n_groups > 1:
-        raise LabelError(f"{code} names no group, and {place} has {book.n_groups}. Write {place}.0:{code.code}, or another group.")
-    if (code.group or 0) >= book.n_groups or code.code >= book.n_codes:
-        raise InvalidCodeError(
-            f"{code} was asked for, but {place} has {book.n_groups} {'group' if book.n_groups == 1 else 'groups'} of {book.n_codes} codes. "
-            f"Groups go from 0 to {book.n_groups - 1}, codes from 0 to {book.n_codes - 1}."
-        )
-    return Group(code.hook_name, code.group or 0, book.n_groups)
+    code = stored_code(books, code, holder=_holder(source))
+    return Group(code.hook_name, code.group or 0, books[code.hook_name].n_groups)
 
 
 def groups_of(source: Any, site: str | Address) -> list[Group]:
@@ -160,30 +142,15 @@ def groups_of(source: Any, site: str | Address) -> list[Group]:
 
     Raises:
         UnknownHookError: none.
+        LabelError: something that is no name.
     """
     books = books_of(source)
-    group = site.group if isinstance(site, Address) else None
-    if isinstance(site, Address):
-        found = [name for name in books if name == site.hook_name]
-    elif site in SITES:
-        found = [name for name in books if split_hook_name(name)[1] == site]
-    elif site in books:
-        found = [site]
-    else:
-        try:
-            address = Address.parse(site)
-        except LabelError:
-            raise _unknown(site, books, source) from None
-        found, group = [name for name in books if name == address.hook_name], address.group
-    if not found:
-        raise _unknown(site, books, source)
-    every = [Group(name, number, books[name].n_groups) for name in found for number in range(books[name].n_groups)]
-    if group is None:
-        return every
-    chosen = [each for each in every if each.group == group]
-    if not chosen:
-        raise UnknownHookError(f"group {group} was asked for, but {_short(found[0])} has {books[found[0]].n_groups}. They go from 0.")
-    return chosen
+    chosen = chosen_sites(books, [site], holder=_holder(source))
+    return [Group(name, group, books[name].n_groups) for name, groups in chosen.items() for group in groups]
+
+
+def _holder(source: Any) -> str:
+    return "the store" if is_store(source) else "the model"
 
 
 _words: weakref.WeakKeyDictionary[Any, tuple[int, Vocabulary]] = weakref.WeakKeyDictionary()
@@ -192,9 +159,8 @@ _words: weakref.WeakKeyDictionary[Any, tuple[int, Vocabulary]] = weakref.WeakKey
 def words_of(source: Any) -> Vocabulary | None:
     """Return the bytes of the tokens of a store or a model, None where nobody knows them."""
     if is_store(source):
-        own = getattr(source, "vocabulary", None)
-        path = getattr(source, "path", None)
-        return own if isinstance(own, Vocabulary) or path is None else load_vocabulary(path)
+        words: Vocabulary | None = source.vocabulary
+        return words
     tokenizer = getattr(source, "tokenizer", None)
     if tokenizer is None:
         return None
@@ -250,7 +216,10 @@ def _of_store(store: Any, given: Any, names: list[str], what: str) -> list[Passa
         slots = {}
         for name in names:
             ids = np.asarray(store.ids(name)[start:stop]).astype(np.int64)
-            slots[name] = np.where(ids >= store.sites[name].n_codes, -1, ids)
+            n_codes = store.sites[name].n_codes
+            if (ids > n_codes).any():
+                raise CheckpointError(f"the store holds code {int(ids.max())} of {n_codes} at {name}: it is damaged. Collect it again.")
+            slots[name] = np.where(ids == n_codes, -1, ids)
         first = start - store.sequence(int(sequence)).start
         found.append(Passage(f"sequence {sequence}", first, pieces, slots, {}, marked, int(sequence)))
     return found

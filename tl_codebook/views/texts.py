@@ -46,9 +46,10 @@ def show_codes(
         text_or_sequence: For a model a text or token ids [pos]; for a store the number of a sequence, a `Context`, or a list of these.
         code_or_site: A code (`Code`, label, `CodeHit`) or several, each shown on its own; or a site, address or hook name, whose codes are
             written under each token, coloured by the first one.
-        colour: What colours the tokens, for codes: ``similarity`` (cosine of the activation there and the code, which needs a model, and
-            is the default with one), ``rank`` (the slot that the code fires in, the first slot strongest; the default with a store) or
-            ``fires`` (whether it fires). Where the code fires, the token is underlined.
+        colour: What colours the tokens, for codes: ``similarity`` (cosine of the activation there, after the codebook's input norm, and
+            the code, -1 to 1, which needs a model, and is the default with one; of the whole activation even where codes are chosen as a
+            pursuit, ``selection="residual"``), ``rank`` (the slot that the code fires in, the first slot strongest; the default with a
+            store) or ``fires`` (whether it fires). Where the code fires, the token is underlined.
         n: Most codes written under a token, for a site, >= 0; all are in its tooltip.
         highest: The similarity that has the full colour, above 0; by default the largest in the text.
         labels: Names of codes: a mapping from label to text, such as `CodeLabels`.

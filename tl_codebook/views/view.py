@@ -7,8 +7,8 @@ import html
 from dataclasses import dataclass
 from pathlib import Path
 
-from tl_codebook.errors import CheckpointError, CheckpointExistsError, ConfigError
-from tl_codebook.files import as_path, check_writable, replace_text
+from tl_codebook.errors import ConfigError
+from tl_codebook.files import replace_text, target_file
 from tl_codebook.views.circuitsvis import Component, embedded, policy
 from tl_codebook.views.visible import escape
 
@@ -134,16 +134,6 @@ class View:
         Traceback (most recent call last):
         tl_codebook.errors.CheckpointExistsError: ...codes.html exists. Choose another name, or say overwrite=True.
         """
-        target = as_path(path)
-        try:
-            is_folder, there = target.is_dir(), target.exists() or target.is_symlink()
-        except OSError as error:  # a name that is too long
-            raise CheckpointError(f"{str(target)[:200]!r} is no name of a file ({error.strerror}). Choose another.") from error
-        if is_folder:
-            raise CheckpointError(f"{target} is a folder. Give the name of a file, such as codes.html.")
-        if there and not overwrite:
-            raise CheckpointExistsError(f"{target} exists. Choose another name, or say overwrite=True.")
-        content = self.page(interactive)
-        check_writable(target.parent, overwrite=True)
-        replace_text(target, content)
+        target = target_file(path, overwrite)
+        replace_text(target, self.page(interactive))
         return target

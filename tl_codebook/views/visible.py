@@ -10,14 +10,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Integer
 
+from tl_codebook.characters import visible, written
 from tl_codebook.store.text import Vocabulary, decode
 
 __all__ = ["Part", "Piece", "escape", "pieces_of", "shown"]
 
-_HIDDEN = {"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp", "Zs"}
-"""Unicode categories that show nothing, look like a space, or change how what surrounds them is shown."""
-_BLANK = set("\u115f\u1160\u2800\u3164\uffa0")
-"""Letters that show nothing."""
 _LONGEST = 2000
 """Characters of a title or label that are kept."""
 
@@ -48,18 +45,14 @@ def _mark(character: str) -> str:
     number = ord(character)
     if number < 0x20:
         return chr(0x2400 + number)  # the pictures of control characters
-    if number == 0x7F:
-        return "\u2421"
-    if number < 0x100:
-        return f"\\x{number:02x}"
-    return f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
+    return "\u2421" if number == 0x7F else written(character)
 
 
 def _parts(text: str) -> Iterator[Part]:
     """Cut a text into what can be shown as it is, and marks for what cannot."""
     plain = ""
     for character in text:
-        if character == " " or not (unicodedata.category(character) in _HIDDEN or character in _BLANK):
+        if visible(character):
             plain += character
             continue
         if plain:
