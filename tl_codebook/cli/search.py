@@ -57,7 +57,7 @@ def run(argv: Sequence[str]) -> int:
         with contextlib.redirect_stdout(sys.stderr):  # TransformerLens prints there what it does
             model = load(asked.model)
             store.check_model(model)
-            beside = compare_with_neurons(store, query, neuron_activations(model, store), hits=hits[:8], **where)
+            beside = compare_with_neurons(store, query, neuron_activations(model, store), hits=hits[:8], progress=not asked.quiet, **where)
     if asked.csv is not None:
         write_csv(hits, asked.csv, of=CodeHit, overwrite=asked.overwrite)
     if asked.json:
@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--csv", help="write the codes to this file too")
     add("--overwrite", action="store_true", help="replace the file that --csv names")
     add("--json", action="store_true", help="print the codes as JSON")
+    add("--quiet", action="store_true", help="no progress bar")
     return parser
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from tl_codebook.attachment import sites as codebook_sites
 from tl_codebook.errors import ConfigError, DataError, PositionError, ShapeError, check_whole
@@ -129,9 +130,12 @@ def neuron_activations(
 Activations = NeuronSource | Mapping[str, Any]
 
 
-def _parts(activations: Activations, n_tokens: int) -> Iterable[_Part]:
+def _parts(activations: Activations, n_tokens: int, what: str, progress: bool) -> Iterable[_Part]:
     if isinstance(activations, NeuronSource):
-        yield from activations.parts()
+        with tqdm(total=n_tokens * len(activations.hooks), desc=what, unit="value", unit_scale=True, disable=not progress) as bar:
+            for found in activations.parts():
+                yield found
+                bar.update(len(found.positions))
         return
     for site, values in activations.items():
         if values.ndim != 2 or len(values) != n_tokens:
@@ -161,6 +165,7 @@ def compare_with_neurons(
     special: bool = False,
     timeout: float = 2.0,
     vocabulary: Vocabulary | None = None,
+    progress: bool = True,
 ) -> list[CodeBesideNeuron]:
     """Return the codes of a concept, each beside the neuron of the greatest precision at (at least) its recall.
 
@@ -178,6 +183,7 @@ def compare_with_neurons(
         hits: The codes, of a search for this query; by default the best `n` are searched for, by precision as in the paper.
         n, sites, by, min_recall: Of that search, as for `search_codes`.
         at, group, shift, special, timeout, vocabulary: As for `search_codes`.
+        progress: Show a bar while a model runs, which it does twice over the whole store.
 
     Raises:
         ConfigError: `hits` of another concept; and as for `search_codes`.
@@ -215,20 +221,20 @@ def compare_with_neurons(
         return []
     # The fewest hits that reach the recall; a code's recall is hits / occurrences, so these are its own.
     needed = np.array([hit.hits for hit in hits])
-    thresholds, found = _thresholds(activations, store.n_tokens, positions, needed)
-    fired = _fired(activations, store.n_tokens, counted, thresholds)
+    holds = np.zeros(store.n_tokens, bool)
+    holds[positions] = True
+    thresholds, found = _thresholds(_parts(activations, store.n_tokens, "thresholds of neurons", progress), holds, needed)
+    fired = _fired(_parts(activations, store.n_tokens, "firings of neurons", progress), counted, thresholds)
     return [_best(hit, index, thresholds, found, fired, len(positions)) for index, hit in enumerate(hits)]
 
 
-def _thresholds(
-    activations: Activations, n_tokens: int, positions: np.ndarray, needed: np.ndarray
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def _thresholds(parts: Iterable[_Part], holds: np.ndarray, needed: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Return for each site the threshold [hit neuron] at which a neuron finds as much as the code, and how much that is."""
     own: dict[str, list[np.ndarray]] = {}
-    for part in _parts(activations, n_tokens):
+    for part in parts:
         if np.isnan(part.values).any():
             raise DataError(f"an activation at {part.site!r} is NaN, which is neither above nor below a threshold. Give numbers.")
-        own.setdefault(part.site, []).append(part.values[np.isin(part.positions, positions)])
+        own.setdefault(part.site, []).append(part.values[holds[part.positions]])
     thresholds, found = {}, {}
     for site in list(own):
         values = np.sort(np.concatenate(own.pop(site)), axis=0)
@@ -237,9 +243,9 @@ def _thresholds(
     return thresholds, found
 
 
-def _fired(activations: Activations, n_tokens: int, counted: np.ndarray, thresholds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _fired(parts: Iterable[_Part], counted: np.ndarray, thresholds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     fired = {site: np.zeros(values.shape, np.int64) for site, values in thresholds.items()}
-    for part in _parts(activations, n_tokens):
+    for part in parts:
         values = part.values[counted[part.positions]]
         for index, at_least in enumerate(thresholds[part.site]):
             fired[part.site][index] += (values >= at_least).sum(0)
