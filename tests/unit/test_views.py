@@ -359,6 +359,15 @@ def test_a_graph_has_its_sites_from_left_to_right():
     assert "kind: flips" in Elements(show_graph(graph).spans).text
 
 
+def test_codes_of_one_colour_hang_together():
+    chains = [(f"L{layer}.mlp_out:{i}", f"L{layer + 1}.mlp_out:{i}", 0.5) for i in range(6) for layer in range(2)]
+    hues = dict(re.findall(r"<g class=\"(h\d+)\"><title>(.*?)</title>", show_graph(graph_of(*chains)).spans))
+    by_code = {code: hue for hue, code in re.findall(r"<g class=\"(h\d+)\"><title>(.*?)</title>", show_graph(graph_of(*chains)).spans)}
+    assert len(by_code) == 18
+    assert all(by_code[a] == by_code[b] for a, b, _ in chains)
+    assert len(hues) > 1
+
+
 def test_a_large_graph_keeps_the_strongest_edges():
     edges = [(f"L0.mlp_out:{i}", f"L1.mlp_out:{i}", 0.01 * (i + 1)) for i in range(20)]
     view = show_graph(graph_of(*edges), max_nodes=6)

@@ -27,6 +27,8 @@ _LISTED = 30
 def show_graph(graph: networkx.DiGraph, *, max_nodes: int = 60, labels: Any = None, title: str | None = None) -> View:
     """Show a graph of codes: a column for each site, in the order of a pass, with edges as wide as their weights.
 
+    Codes of one colour hang together by the edges that are shown.
+
     Args:
         graph: From `coactivation_graph` or `FlipRates.graph`, or any whose nodes are `Code`, with a ``weight`` on each edge. Edges of
             negative weight are dashed.
@@ -119,6 +121,15 @@ def _text_of(code: Code, labels: Any) -> str:
     return short(f"{group}{code.code} {label_of(labels, code)}".strip(), 24).replace("\u2423", " ")
 
 
+def _colours(columns: list[list[Code]], edges: list[tuple[Code, Code, dict[str, Any]]]) -> dict[Code, int]:
+    """Give codes that hang together one colour."""
+    import networkx as nx
+
+    joined = nx.Graph([(a, b) for a, b, _ in edges])
+    joined.add_nodes_from(code for column in columns for code in column)
+    return {code: hue_of(min(group)) for group in nx.connected_components(joined) for code in group}
+
+
 def _drawing(columns: list[list[Code]], edges: list[tuple[Code, Code, dict[str, Any]]], graph: Any, labels: Any) -> str:
     texts = {code: _text_of(code, labels) for column in columns for code in column}
     heads = [short(str(Address(*split_hook_name(column[0].hook_name))), 26) for column in columns]
@@ -144,10 +155,11 @@ def _drawing(columns: list[list[Code]], edges: list[tuple[Code, Code, dict[str, 
         width = 0.7 + 3.6 * abs(_weight(own)) / largest
         drawn.append(f'<path class="edge{less}" stroke-width="{width:.2f}" d="{path}"><title>{tip}</title></path>')
     drawn += [f'<text class="on" x="{i * (wide + _GAP) + 4:g}" y="16">{escape(head)}</text>' for i, head in enumerate(heads)]
+    hues = _colours(columns, edges)
     for code, (x, y) in place.items():
         tip = "&#10;".join(escape(line) for line in (_called(code, labels), *_facts(graph.nodes[code])))
         drawn.append(
-            f'<g class="h{hue_of(code)}"><title>{tip}</title><rect x="{x:g}" y="{y:.1f}" rx="4" width="{wide}" height="{_HIGH}"/>'
+            f'<g class="h{hues[code]}"><title>{tip}</title><rect x="{x:g}" y="{y:.1f}" rx="4" width="{wide}" height="{_HIGH}"/>'
             f'<text x="{x + 8:g}" y="{y + 15:.1f}">{escape(texts[code])}</text></g>'
         )
     across, height = len(columns) * (wide + _GAP) - _GAP + 70, _TOP + _STEP * tallest + 6
