@@ -359,6 +359,33 @@ def test_a_graph_has_its_sites_from_left_to_right():
     assert "kind: flips" in Elements(show_graph(graph).spans).text
 
 
+def test_an_edge_that_passes_a_column_does_not_run_behind_its_boxes():
+    fan = [("L0.mlp_out:1", f"L{layer}.mlp_out:1", 0.5) for layer in (1, 2, 3)]
+    view = show_graph(graph_of(*fan))
+    box = re.search(r'<rect x="[\d.]+" y="([\d.]+)" rx="4" width="[\d.]+" height="(\d+)"', view.spans)
+    middle, half = float(box[1]) + int(box[2]) / 2, int(box[2]) / 2
+    rises = {}
+    for x1, y1, x2, y2, x3, y3, x4, y4 in re.findall(
+        r"d=\"M([\d.]+),([\d.]+) C([\d.]+),([\d.]+) ([\d.]+),([\d.]+) ([\d.]+),([\d.]+)\"", view.spans
+    ):
+        assert float(y1) == float(y4) == pytest.approx(middle, abs=0.1)
+        curve = [
+            [
+                (1 - t) ** 3 * float(a) + 3 * t * (1 - t) ** 2 * float(b) + 3 * t * t * (1 - t) * float(c) + t**3 * float(d)
+                for t in np.linspace(0, 1, 200)
+            ]
+            for a, b, c, d in ((x1, x2, x3, x4), (y1, y2, y3, y4))
+        ]
+        rises[float(x4) - float(x1)] = curve
+    assert len(rises) == 3
+    boxes = sorted(float(x) for x in re.findall(r'<rect x="([\d.]+)"', view.spans))
+    wide = float(re.search(r'width="([\d.]+)" height="22"', view.spans)[1])
+    for span, (xs, ys) in rises.items():
+        passed = [y for x, y in zip(xs, ys, strict=True) for left in boxes[1:-1] if left < x < left + wide and span > wide + 150]
+        assert all(middle - y > half for y in passed)
+    assert sum(len(xs) for xs, _ in rises.values()) == 600
+
+
 def test_codes_of_one_colour_hang_together():
     chains = [(f"L{layer}.mlp_out:{i}", f"L{layer + 1}.mlp_out:{i}", 0.5) for i in range(6) for layer in range(2)]
     hues = dict(re.findall(r"<g class=\"(h\d+)\"><title>(.*?)</title>", show_graph(graph_of(*chains)).spans))

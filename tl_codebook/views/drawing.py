@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["show_graph"]
 
-_GAP, _HIGH, _STEP, _TOP = 100, 22, 30, 30
+_GAP, _HIGH, _STEP, _TOP = 100, 22, 30, 34
+_LIFT = 20
+"""How far an edge that passes a column is bent, so that it runs between its boxes: an edge behind a box would look like two."""
 _SWEEPS = 4
 _LISTED = 30
 
@@ -149,7 +151,10 @@ def _drawing(columns: list[list[Code]], edges: list[tuple[Code, Code, dict[str, 
             path = f"M{x1:g},{y1:g} C{x1 + 60:g},{y1:g} {x2 + 60:g},{y2:g} {x2:g},{y2:g}"
         else:
             bend = (x2 - x1) / 2
-            path = f"M{x1:g},{y1:g} C{x1 + bend:g},{y1:g} {x2 - bend:g},{y2:g} {x2:g},{y2:g}"
+            passed = round((x2 - x1 + wide) / (wide + _GAP)) - 1  # columns between: over their boxes, not behind them
+            lift = min(passed, 1) * (_LIFT + 3 * passed)
+            bend = bend / 2 if passed else bend
+            path = f"M{x1:g},{y1:g} C{x1 + bend:g},{y1 - lift:g} {x2 - bend:g},{y2 - lift:g} {x2:g},{y2:g}"
         tip = "&#10;".join(escape(line) for line in (f"{_called(a, labels)} → {_called(b, labels)}", *_facts(own)))
         less = " less" if _weight(own) < 0 else ""
         width = 0.7 + 3.6 * abs(_weight(own)) / largest
