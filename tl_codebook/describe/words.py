@@ -49,9 +49,9 @@ class Words:
 
 
 def shown(token: int, text: str | None) -> str:
-    r"""Return how a table shows a token: its text in quotes, escaped, or its id.
+    r"""Return how a table shows a token: its text in quotes, escaped, or its id, which tells apart what is no whole character.
 
-    >>> shown(7, " it\n"), shown(7, None)
-    ("' it\\n'", 'token 7')
+    >>> shown(7, " it\n"), shown(7, None), shown(131, "\ufffd")
+    ("' it\\n'", 'token 7', 'token 131')
     """
-    return f"token {token}" if text is None else "'" + escaped(text) + "'"
+    return f"token {token}" if text is None or "\ufffd" in text else "'" + escaped(text) + "'"
