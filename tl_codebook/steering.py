@@ -8,12 +8,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
 from tl_codebook import hosts
 from tl_codebook.attachment import sites
 from tl_codebook.errors import ConfigError, HookNeverFiredError
 from tl_codebook.names import CODES
 
-__all__ = ["steer"]
+__all__ = ["run_rows", "steer"]
 
 _GENERATORS = ("generate", "generate_stream", "hf_generate")
 
@@ -127,3 +131,14 @@ def _noticed(method: Callable[..., Any], clock: hosts.PositionClock) -> Callable
 def _streamed(stream: Iterator[Any], clock: hosts.PositionClock) -> Iterator[Any]:
     with clock.generation():
         yield from stream
+
+
+def run_rows(model: Any, tokens: Int[Tensor, "row pos"], hooks: Sequence[tuple[str, Callable[..., Any]]]) -> Tensor:
+    """Return the logits of one pass, in evaluation mode and without gradients; a hook that never acts raises."""
+    host = hosts.as_host(model)
+    tokens = tokens.to(hosts.home_device(host, "hook_embed"))
+    with hosts.evaluating(host), torch.no_grad():
+        if not hooks:
+            return host(tokens)
+        with steer(host, hooks):  # unlike run_with_hooks, it raises where a hook does nothing
+            return host(tokens)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from typing import Any
 
+from tl_codebook.cli.loading import load_model
 from tl_codebook.errors import ConfigError
 
 __all__ = ["run"]
@@ -25,12 +24,7 @@ def run(argv: Sequence[str]) -> int:
     from tl_codebook.store import CodeStore
 
     store = CodeStore(asked.store)
-    model = None
-    if asked.model is not None:
-        from tl_codebook import load
-
-        with contextlib.redirect_stdout(sys.stderr):  # TransformerLens prints there what it does
-            model = load(asked.model)
+    model = None if asked.model is None else load_model(asked.model)
     print(_labels(store, model, asked) if asked.label_all else _page(store, model, asked))
     return 0
 
@@ -50,7 +44,7 @@ def _page(store: Any, model: Any, asked: argparse.Namespace) -> str:
 
 def _labels(store: Any, model: Any, asked: argparse.Namespace) -> str:
     from tl_codebook.describe import label_codes, write_labels
-    from tl_codebook.describe.label_files import target_file
+    from tl_codebook.files import target_file
 
     if asked.labels is not None:
         target_file(asked.labels, asked.overwrite)  # refused before the work, not after it

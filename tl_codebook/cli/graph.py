@@ -38,9 +38,7 @@ def run(argv: Sequence[str]) -> int:
     found: dict[str, Any] = {**graph.graph, "n_codes": graph.number_of_nodes(), "n_edges": graph.number_of_edges()}
     found["edges"] = [{"from": str(a), "to": str(b), **own} for a, b, own in (edges if asked.json else edges[: asked.n])]
     if edges:
-        found["hubs"] = [
-            {"code": str(row.code), "n_in": row.n_in, "n_out": row.n_out, "strength": row.strength} for row in hubs(graph, asked.n)
-        ]
+        found["hubs"] = [row._asdict() | {"code": str(row.code)} for row in hubs(graph, asked.n)]
         groups = code_communities(graph, seed=asked.seed)
         found["communities"] = [sorted(map(str, group)) for group in (groups if asked.json else groups[: asked.n])]
     if asked.through:

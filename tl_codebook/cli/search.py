@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
+from tl_codebook.cli.loading import load_model
 from tl_codebook.errors import ConfigError, check_whole
 
 if TYPE_CHECKING:
@@ -52,12 +51,9 @@ def run(argv: Sequence[str]) -> int:
         seconds["text"] = scanned - began
     beside: list[CodeBesideNeuron] = []
     if asked.neurons and hits:
-        from tl_codebook import load
-
-        with contextlib.redirect_stdout(sys.stderr):  # TransformerLens prints there what it does
-            model = load(asked.model)
-            store.check_model(model)
-            beside = compare_with_neurons(store, query, neuron_activations(model, store), hits=hits[:8], progress=not asked.quiet, **where)
+        model = load_model(asked.model)
+        store.check_model(model)
+        beside = compare_with_neurons(store, query, neuron_activations(model, store), hits=hits[:8], progress=not asked.quiet, **where)
     if asked.csv is not None:
         write_csv(hits, asked.csv, of=CodeHit, overwrite=asked.overwrite)
     if asked.json:

@@ -208,13 +208,13 @@ def _text(words: Vocabulary, token: int) -> str:
 
 
 def _activations(store: Any, code: Code, n: int, before: int, after: int, seed: int, words: Vocabulary) -> list[dict[str, Any]]:
-    from tl_codebook.describe.places import Firings, cut_around
+    from tl_codebook.describe.places import Firings
 
     ids = store.ids(code.hook_name)
     firings = Firings(store, code, _SAMPLE, np.random.default_rng(seed), ids)
     found = []
     for position in firings.sample[firings.best(n)].tolist():
-        context = cut_around(store, position, before, after)
+        context = store.context_at(position, before, after)
         here = ids[context.start : context.start + len(context.tokens), code.group or 0]
         slots, k = slot_of(here, code.code), here.shape[1]
         values = np.where(slots >= 0, (k - slots) / k, 0.0).tolist()

@@ -20,7 +20,7 @@ from tl_codebook.files import target_file
 from tl_codebook.names import Code, CodeLike, as_code
 from tl_codebook.store.sites import stored_code
 
-__all__ = ["CodeLabel", "CodeLabels", "Kind", "read_labels", "replace_inert_json", "target_file", "write_labels"]
+__all__ = ["CodeLabel", "CodeLabels", "Kind", "read_labels", "replace_inert_json", "write_labels"]
 
 FORMAT, VERSION = "tl_codebook.labels", 1
 Kind = Literal["regex", "token", "previous token", "next token", "other"]

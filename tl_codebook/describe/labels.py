@@ -6,6 +6,7 @@ EOS) are none, and a code fires once at a position however many slots hold it.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -168,7 +169,7 @@ class _Label(NamedTuple):
     tokens: tuple[int, ...] = ()
 
 
-class _Fact:
+class _Fact(ABC):
     """Something that has a value at each position, and candidates that hold at some of the values.
 
     Args:
@@ -189,13 +190,13 @@ class _Fact:
         """Return how often each value is there at some positions, for each half."""
         return np.bincount(self.bins[positions], minlength=2 * self.n + 1)[:-1].reshape(2, self.n)
 
+    @abstractmethod
     def hits(self, positions: Any) -> tuple[Int64[np.ndarray, " candidate"], Float64[np.ndarray, "2 candidate"]]:
         """Return candidates, all those that hold at any of the positions among them, and at how many each does in either half."""
-        raise NotImplementedError
 
+    @abstractmethod
     def label(self, candidate: int) -> _Label:
         """Return what a candidate is called."""
-        raise NotImplementedError
 
 
 class _Patterns(_Fact):

@@ -17,18 +17,19 @@ from tl_codebook.describe.places import places_without, rows_ending_at
 from tl_codebook.describe.weights import final_norm
 from tl_codebook.describe.words import Words
 from tl_codebook.errors import ConfigError, DataError, NonFiniteError
-from tl_codebook.hosts import evaluating, home_device, n_layers
+from tl_codebook.hosts import n_layers
 from tl_codebook.interventions import force_code
 from tl_codebook.names import Code, codes_hook, hook_name, input_hook
 from tl_codebook.points import CodebookPoint
-from tl_codebook.steering import steer
+from tl_codebook.steering import run_rows
+from tl_codebook.store.counting import nearest_in_use
 from tl_codebook.store.store import CodeStore
 
 __all__ = ["MOST_TOKENS", "N_PLACES", "Fits", "ForcingEffect", "fits_at", "forcing_effect"]
 
 MOST_TOKENS, N_PLACES = 64, 64
 """Tokens that a place is run with, itself the last, and places that are run."""
-_ROWS, _NEAR = 16, 10  # rows of one pass, and the codes nearest in frequency of which a control is drawn
+_ROWS = 16  # of one pass
 
 Hook = tuple[str, Callable[..., Any]]
 
@@ -103,7 +104,7 @@ def forcing_effect(
     """
     point = sites(host)[code.hook_name]
     places = places_without(store, store.positions(code), N_PLACES, rng)
-    near = _nearest(counts, code.code, rng)
+    near = torch.as_tensor(nearest_in_use(counts, code.code, rng.permutation(len(counts))))
     change, kl, control = torch.zeros(int(host.cfg.d_vocab), dtype=torch.float64), list[Tensor](), list[Tensor]()
     for _, tokens in _batches(host, store, places):
         notes, found = _noting(codes_hook(point.site))
@@ -126,12 +127,6 @@ def forcing_effect(
     above, below = extremes(mean, n, words)
     raises, lowers = tuple(row for row in above if row.logit > 0), tuple(row for row in below if row.logit < 0)
     return ForcingEffect(sum(map(len, kl)), _mean(kl), _mean(control) if control else None, raises, lowers)
-
-
-def _nearest(counts: Int64[np.ndarray, " code"], code: int, rng: np.random.Generator) -> Int[Tensor, " near"]:
-    others = rng.permutation(len(counts))  # equals in random order
-    others = others[others != code]
-    return torch.as_tensor(others[np.abs(counts[others] - counts[code]).argsort(kind="stable")][:_NEAR].copy())
 
 
 def _others(code: Code, near: Tensor, ids: Int[Tensor, "row slot"], length: int, rng: np.random.Generator) -> list[Hook]:
@@ -165,10 +160,8 @@ def _batches(
 
 
 def _run(host: Any, tokens: Int[Tensor, "row pos"], hooks: Sequence[Hook]) -> Float[Tensor, "row vocabulary"]:
-    """Return the log-probabilities of the next token, float64 on the CPU, in evaluation mode and without gradients."""
-    with evaluating(host), torch.no_grad(), steer(host, hooks):  # steer raises where a hook does nothing
-        logits = host(tokens.to(home_device(host, "hook_embed")))
-    return logits[:, -1].cpu().double().log_softmax(-1)
+    """Return the log-probabilities of the next token, float64 on the CPU."""
+    return run_rows(host, tokens, hooks)[:, -1].cpu().double().log_softmax(-1)
 
 
 def _noting(*names: str) -> tuple[list[Hook], dict[str, Tensor]]:

@@ -12,9 +12,9 @@ from tl_codebook.describe.words import Words
 from tl_codebook.errors import CheckpointError
 from tl_codebook.names import Code
 from tl_codebook.store.manifest import AGAIN
-from tl_codebook.store.store import CodeStore, Context
+from tl_codebook.store.store import CodeStore
 
-__all__ = ["CodeContext", "Firings", "context_at", "cut_around", "places_without", "rows_ending_at"]
+__all__ = ["CodeContext", "Firings", "context_at", "places_without", "rows_ending_at"]
 
 
 @dataclass(frozen=True)
@@ -87,19 +87,11 @@ class Firings:
         return np.lexsort((self.sample, self.slots))[:n]
 
 
-def cut_around(store: CodeStore, position: int, before: int, after: int) -> Context:
-    """Return a place with at most so many tokens of its sequence before and after it."""
-    number = int(store.sequence_of(np.array([position]))[0])
-    whole = store.sequence(number)
-    start, stop = max(whole.start, position - before), min(whole.stop, position + after + 1)
-    return Context(number, position, start, store.tokens(start, stop))
-
-
 def context_at(
     store: CodeStore, position: int, slot: int, words: Words, before: int, after: int, similarity: float | None = None
 ) -> CodeContext:
     """Return a place with at most so many tokens before and after it, and their text."""
-    cut = cut_around(store, position, before, after)
+    cut = store.context_at(position, before, after)
     text = words.around(cut.tokens, cut.index)
     return CodeContext(cut.sequence, position, cut.start, tuple(cut.tokens.tolist()), text[0], text[1], text[2], slot, similarity)
 

@@ -13,11 +13,12 @@ from tqdm.auto import tqdm
 
 from tl_codebook.errors import ConfigError, DataError, InvalidCodeError, PositionError, ShapeError, check_whole
 from tl_codebook.graphs.order import fires_before, in_order
-from tl_codebook.graphs.running import as_rows, codes_of, count_ids, equally_frequent, points_of, recording, run_rows
+from tl_codebook.graphs.running import as_rows, codes_of, count_ids, equally_frequent, points_of, recording
 from tl_codebook.hosts import as_host
 from tl_codebook.interventions import force_code
 from tl_codebook.names import Code, CodeLike, as_code
 from tl_codebook.points import CodebookPoint
+from tl_codebook.steering import run_rows
 
 if TYPE_CHECKING:
     import networkx

@@ -15,10 +15,11 @@ from tqdm.auto import tqdm
 from tl_codebook.characters import escaped
 from tl_codebook.errors import ConfigError, DataError, NonFiniteError, ShapeError, check_whole, nearest
 from tl_codebook.graphs.edits import Edit, edited, edits_of, substitutes, wrong_codes
-from tl_codebook.graphs.running import as_rows, codes_of, frequencies, points_of, run_rows, same_slots
+from tl_codebook.graphs.running import as_rows, codes_of, frequencies, points_of, same_slots
 from tl_codebook.hosts import as_host
 from tl_codebook.interventions import patch_codes
 from tl_codebook.names import Code
+from tl_codebook.steering import run_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,19 +11,16 @@ from torch import Tensor
 
 from tl_codebook.attachment import match_sites, sites
 from tl_codebook.errors import ConfigError, DataError, ShapeError
-from tl_codebook.hosts import as_host, evaluating, home_device
 from tl_codebook.names import Address, codes_hook
 from tl_codebook.points import CodebookPoint
-from tl_codebook.steering import steer
+from tl_codebook.steering import run_rows
+from tl_codebook.store.counting import firing_counts, nearest_in_use
 
-__all__ = ["as_rows", "codes_of", "count_ids", "equally_frequent", "frequencies", "points_of", "recording", "run_rows", "same_slots"]
+__all__ = ["as_rows", "codes_of", "count_ids", "equally_frequent", "frequencies", "points_of", "recording", "same_slots"]
 
 Hook = tuple[str, Callable[..., Any]]
 Ids = dict[str, Tensor]
 """Ids [row pos group slot] by hook name, on the CPU."""
-
-_NEAR = 10
-"""Of so many codes, those nearest in frequency, one is drawn as a control."""
 
 
 def as_rows(model: Any, given: Any, what: str) -> Int[Tensor, "row pos"]:
@@ -95,17 +92,6 @@ def recording(points: Sequence[CodebookPoint]) -> tuple[list[Hook], Ids]:
     return [(codes_hook(point.site), note(point)) for point in points], found
 
 
-def run_rows(model: Any, tokens: Int[Tensor, "row pos"], hooks: Sequence[Hook]) -> Tensor:
-    """Return the logits of one pass, in evaluation mode and without gradients; a hook that never acts raises."""
-    host = as_host(model)
-    tokens = tokens.to(home_device(host, "hook_embed"))
-    with evaluating(host), torch.no_grad():
-        if not hooks:
-            return host(tokens)
-        with steer(host, hooks):  # unlike run_with_hooks, it raises where a hook does nothing
-            return host(tokens)
-
-
 def codes_of(model: Any, tokens: Int[Tensor, "row pos"], points: Sequence[CodebookPoint], batch_size: int) -> tuple[list[Tensor], Ids]:
     """Run all rows, and return the logits of each batch and the ids of the codebooks."""
     logits: list[Tensor] = []
@@ -125,22 +111,15 @@ def same_slots(parts: Sequence[Int[Tensor, "..."]], point: CodebookPoint) -> lis
     return [torch.nn.functional.pad(ids, (0, widest - ids.shape[-1]), value=nothing) for ids in parts]
 
 
-def equally_frequent(counts: Int[Tensor, " code"], code: int, generator: torch.Generator, n: int = _NEAR) -> Int[Tensor, " other"]:
+def equally_frequent(counts: Int[Tensor, " code"], code: int, generator: torch.Generator, n: int = 10) -> Int[Tensor, " other"]:
     """Return the `n` other codes whose counts are the nearest to that of a code (fewer where there are no more), equals in random order."""
-    shuffled = torch.randperm(len(counts), generator=generator)
-    shuffled = shuffled[shuffled != code]
-    return shuffled[(counts[shuffled] - counts[code]).abs().argsort(stable=True)][:n]
+    shuffled = torch.randperm(len(counts), generator=generator).numpy()
+    return torch.from_numpy(nearest_in_use(counts.numpy(), code, shuffled, n))
 
 
 def count_ids(ids: Int[Tensor, "row pos group slot"], n_codes: int) -> Int[Tensor, "group code"]:
     """Return at how many positions each code is; a code in two slots of one position counts once."""
-    counts = torch.zeros(ids.shape[2], n_codes, dtype=torch.long)
-    ordered = ids.flatten(0, 1).sort(dim=-1).values
-    new = torch.ones_like(ordered, dtype=torch.bool)
-    new[..., 1:] = ordered[..., 1:] != ordered[..., :-1]
-    for group in range(ids.shape[2]):
-        counts[group] = torch.bincount(ordered[:, group][new[:, group] & (ordered[:, group] >= 0)], minlength=n_codes)
-    return counts
+    return torch.from_numpy(firing_counts(torch.where(ids < 0, n_codes, ids).flatten(0, 1).numpy(), n_codes))
 
 
 def frequencies(source: Any, points: Sequence[CodebookPoint], ids: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

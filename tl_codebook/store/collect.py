@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from tl_codebook import files
 from tl_codebook.attachment import match_sites
 from tl_codebook.base_model import describe
+from tl_codebook.characters import escaped
 from tl_codebook.errors import AttachError, CheckpointError, CheckpointExistsError, CheckpointWarning, ConfigError, DataError, check_whole
 from tl_codebook.hosts import as_host
 from tl_codebook.points import CodebookPoint
@@ -257,7 +258,7 @@ class _Job:
         else:
             check_links(folder)
         if self._shown and self._size():
-            tqdm.write(f"{repr(str(folder))[1:-1]}: {self._size()}, {self.per_token:,} bytes a token", file=sys.stderr)
+            tqdm.write(f"{escaped(str(folder))}: {self._size()}, {self.per_token:,} bytes a token", file=sys.stderr)
         if state == "new" and self.processes.count > 1:
             whole = GrowingStore(folder, self.reader.books, self._noted())
             whole.start()

@@ -13,7 +13,7 @@ from jaxtyping import Float64, Int64, Integer
 from tl_codebook.errors import ConfigError, DataError, check_whole
 from tl_codebook.store.concepts import Searchable
 
-__all__ = ["CodeCounts", "code_counts", "firing_counts", "once", "slot_of"]
+__all__ = ["CodeCounts", "code_counts", "firing_counts", "nearest_in_use", "once", "slot_of"]
 
 _ROWS_AT_ONCE, _ROWS_IN_CACHE = 2**17, 2**12  # positions that are read, and that are counted, at a time
 
@@ -90,6 +90,24 @@ def firing_counts(ids: Integer[np.ndarray, "token group k"], n_codes: int, disti
                 )
             counts[group] += found[:n_codes]
     return counts
+
+
+def nearest_in_use(
+    counts: Int64[np.ndarray, " code"], code: int, shuffled: Int64[np.ndarray, " code"], n: int = 10
+) -> Int64[np.ndarray, " _"]:
+    """Return the `n` other codes that fire nearly as often as a code, fewer where there are no more: one is drawn as a control.
+
+    Args:
+        counts: How often each fires.
+        code: The code.
+        shuffled: All codes in random order, which is that of equals.
+        n: How many.
+
+    >>> nearest_in_use(np.array([9, 4, 5, 1]), 2, np.array([3, 2, 1, 0]), n=2)
+    array([1, 3])
+    """
+    others = shuffled[shuffled != code]
+    return others[np.abs(counts[others] - counts[code]).argsort(kind="stable")][:n]
 
 
 def once(ids: Integer[np.ndarray, "token group k"], empty: int) -> Integer[np.ndarray, "token group k"]:

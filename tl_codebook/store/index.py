@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64, UInt, UInt32
 
+from tl_codebook.store.counting import firing_counts
 from tl_codebook.store.manifest import StoredBook, open_array
 
 __all__ = ["build_index", "replace_array"]
@@ -31,14 +32,6 @@ def _runs(ids: UInt[np.ndarray, "token k"], n_codes: int) -> tuple[Int64[np.ndar
     return offsets, keys[: offsets[-1]].astype(np.uint32)  # n_codes itself stands for no code, and is left out
 
 
-def _counts(ids: UInt[np.ndarray, "token k"], n_codes: int) -> Int64[np.ndarray, " code"]:
-    """Return at how many tokens each code fires."""
-    ids = np.sort(ids, axis=-1)
-    fresh = np.ones(ids.shape, dtype=bool)
-    np.not_equal(ids[:, 1:], ids[:, :-1], out=fresh[:, 1:])
-    return np.bincount(ids[fresh], minlength=n_codes + 1)[:n_codes].astype(np.int64)
-
-
 def build_index(folder: Path, book: StoredBook, n_tokens: int, *, entries: int = _ENTRIES) -> None:
     """Write the inverted index of one codebook from its ids, in bounded memory, each file in one step.
 
@@ -56,7 +49,7 @@ def build_index(folder: Path, book: StoredBook, n_tokens: int, *, entries: int =
     counts = np.zeros((book.n_groups, book.n_codes), dtype=np.int64)
     for group in range(book.n_groups):
         for start, stop in parts:
-            counts[group] += _counts(part(start, stop, group), book.n_codes)
+            counts[group] += firing_counts(part(start, stop, group)[:, None], book.n_codes)[0]
     offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts.reshape(-1))])
     dtype = np.uint32 if n_tokens <= 1 << 32 else np.uint64
     begins = offsets[:-1].reshape(counts.shape).copy()

@@ -11,8 +11,9 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int64, UInt, UInt8
 
 from tl_codebook import files, hosts
-from tl_codebook.errors import BasisMismatchError, CheckpointError, ConfigError, InvalidCodeError, LabelError, PositionError, check_whole
+from tl_codebook.errors import BasisMismatchError, CheckpointError, ConfigError, PositionError, check_whole
 from tl_codebook.names import Address, Code, CodeLike, as_code
+from tl_codebook.store.counting import firing_counts
 from tl_codebook.store.manifest import (
     AGAIN,
     FLAGS,
@@ -28,6 +29,7 @@ from tl_codebook.store.manifest import (
     open_array,
     read_manifest,
 )
+from tl_codebook.store.sites import stored_code
 from tl_codebook.store.text import Vocabulary, load_vocabulary
 
 __all__ = ["CodeStore", "Context"]
@@ -248,15 +250,7 @@ class CodeStore:
         """Return the codebook, group and number of a code, refusing those that there are not."""
         code = as_code(code)
         book = self.book(code)
-        if code.group is None and book.n_groups > 1:
-            raise LabelError(
-                f"{code} names no group, and {book.label} has {book.n_groups}. Write {book.label}.0:{code.code}, or another group."
-            )
-        if (code.group or 0) >= book.n_groups or code.code >= book.n_codes:
-            raise InvalidCodeError(
-                f"{code} was asked for, but {book.label} has {book.n_groups} {'group' if book.n_groups == 1 else 'groups'} of "
-                f"{book.n_codes} codes. Groups go from 0 to {book.n_groups - 1}, codes from 0 to {book.n_codes - 1}."
-            )
+        stored_code(self.sites, code)
         return book, code.group or 0, code.code
 
     def counts(self, site: str | Address, *, special: bool = True) -> Int64[np.ndarray, "group code"]:
@@ -265,15 +259,10 @@ class CodeStore:
         counts = np.diff(self._index_of(book)[0]).reshape(book.n_groups, book.n_codes)
         if special:
             return counts
-        there = np.sort(self.ids(site)[np.flatnonzero(self.is_special())], axis=-1)
-        fresh = np.ones(there.shape, dtype=bool)
-        np.not_equal(there[..., 1:], there[..., :-1], out=fresh[..., 1:])
-        for group in range(book.n_groups):
-            found = np.bincount(there[:, group][fresh[:, group]], minlength=book.n_codes + 1)[: book.n_codes]
-            if (found > counts[group]).any():
-                raise CheckpointError(f"the index of {book.label} in {self.path} has not what its ids have. {AGAIN}")
-            counts[group] -= found
-        return counts
+        found = firing_counts(self.ids(site)[np.flatnonzero(self.is_special())], book.n_codes)
+        if (found > counts).any():
+            raise CheckpointError(f"the index of {book.label} in {self.path} has not what its ids have. {AGAIN}")
+        return counts - found
 
     def frequency(self, code: CodeLike, *, special: bool = True) -> float:
         """Return the share of positions at which a code fires, 0 to 1; with ``special=False`` of those that are text."""
@@ -341,9 +330,15 @@ class CodeStore:
         places = self.positions(code)
         if order == "random" and len(places) > n:
             places = np.sort(np.random.default_rng(seed).choice(places, n, replace=False, shuffle=False))
-        found = []
-        for place, number in zip(places[:n].tolist(), self.sequence_of(places[:n]).tolist(), strict=True):
-            whole = self.sequence(number)
-            start, stop = max(whole.start, place - before), min(whole.stop, place + after + 1)
-            found.append(Context(number, place, start, self.tokens(start, stop)))
-        return found
+        return [self.context_at(place, before, after) for place in places[:n].tolist()]
+
+    def context_at(self, position: int, before: int = 20, after: int = 10) -> Context:
+        """Return a flat position with at most so many tokens of its sequence before and after it.
+
+        Raises:
+            PositionError: outside the store.
+        """
+        number = int(self.sequence_of(position))
+        whole = self.sequence(number)
+        start, stop = max(whole.start, position - before), min(whole.stop, position + after + 1)
+        return Context(number, position, start, self.tokens(start, stop))

@@ -116,7 +116,7 @@ def _heads(heads: Any, total: int) -> list[int]:
 def _run(host: Any, row: Tensor, layer: int) -> tuple[Float[np.ndarray, "head query key"], np.ndarray | None]:
     """Return the pattern of a layer, and the codes at z [token group slot] where there are."""
     from tl_codebook.attachment import sites
-    from tl_codebook.graphs.running import run_rows
+    from tl_codebook.steering import run_rows
 
     found: dict[str, Tensor] = {}
 

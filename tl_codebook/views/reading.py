@@ -265,7 +265,7 @@ def model_pieces(model: Any, row: Int[Tensor, "1 pos"]) -> list[Piece]:
 
 
 def _of_model(model: Any, given: Any, names: list[str], what: str) -> Passage:
-    from tl_codebook.graphs.running import run_rows
+    from tl_codebook.steering import run_rows
 
     row = as_row(model, given, what)
     hooks, slots, inputs = recording_inputs(model, names, row.shape[1])
