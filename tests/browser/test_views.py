@@ -11,7 +11,7 @@ import torch
 
 import tl_codebook as tlc
 from tests.browser.chromium import NAMES, OWNED, PAYLOADS, Elements, find, picture, visit
-from tests.tiny import make_host
+from tests.unit.coded_texts import coded_model
 from tests.unit.test_views import hostile_views
 from tl_codebook.views import View, show_attention, show_code_heatmap, show_codes, show_examples, show_graph
 from tl_codebook.views.circuitsvis import NO_SCRIPT_POLICY
@@ -29,11 +29,7 @@ THEIRS = (0xF2, 0x8C, 0x38)
 
 @pytest.fixture(scope="module")
 def model():
-    host = make_host("native")
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        tlc.attach(host, ["z", "mlp_out"], n_codes=8, k=3)
-    return host
+    return coded_model(n_codes=8)
 
 
 @pytest.fixture(scope="module")

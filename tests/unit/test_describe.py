@@ -10,6 +10,7 @@ import torch
 
 import tl_codebook as tlc
 from tests.tiny import make_host
+from tests.unit.coded_texts import N_CODES, TEXTS, K, coded_model
 from tl_codebook.describe import association, describe_code, direct_logit_effect, page
 from tl_codebook.describe.association import code_counts_of_text, neighbours, token_counts, tokens_at
 from tl_codebook.describe.places import rows_ending_at
@@ -26,16 +27,12 @@ from tl_codebook.errors import (
 from tl_codebook.names import Code
 from tl_codebook.store.text import Vocabulary, save_vocabulary
 
-N_CODES, K = 12, 3
-TEXTS = [" ".join(f"w{3 + (5 * i + j * j) % 57}" for j in range(4 + 11 * (i % 5))) for i in range(40)]
 HOSTILE = {5: b"\x1b[31mred\x1b[0m", 6: b"two\nlines\r", 7: "\u202eturned".encode(), 8: b"\x07\\bell", 9: b"\xf0\x9f", 10: b"'quoted'"}
 
 
 @pytest.fixture(scope="module")
 def model():
-    model = make_host("native")
-    tlc.attach(model, ["z", "mlp_out"], n_codes=N_CODES, k=K)
-    return model
+    return coded_model()
 
 
 @pytest.fixture(scope="module")

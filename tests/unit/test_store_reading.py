@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import tl_codebook as tlc
 from tests.tiny import make_host
+from tests.unit.coded_texts import N_CODES, TEXTS, K, coded_model
 from tl_codebook.errors import (
     BasisMismatchError,
     CheckpointError,
@@ -28,15 +29,10 @@ from tl_codebook.names import Address, Code
 from tl_codebook.store.index import build_index
 from tl_codebook.store.manifest import differences, open_array, stored_book
 
-N_CODES, K = 12, 3
-TEXTS = [" ".join(f"w{3 + (5 * i + j * j) % 57}" for j in range(4 + 11 * (i % 5))) for i in range(40)]
-
 
 @pytest.fixture(scope="module")
 def model():
-    model = make_host("native")
-    tlc.attach(model, ["z", "mlp_out"], n_codes=N_CODES, k=K)
-    return model
+    return coded_model()
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import tl_codebook as tlc
 from tests.browser.chromium import PAYLOADS, Elements
 from tests.tiny import make_host
+from tests.unit.coded_texts import coded_model
 from tests.unit.search_store import MemoryStore
 from tl_codebook.errors import (
     BasisMismatchError,
@@ -47,12 +48,9 @@ ROW = torch.tensor([[1, 5, 9, 13, 17, 21, 25]])
 
 @pytest.fixture(scope="module")
 def model():
-    host = make_host("native")
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        tlc.attach(host, ["z", "mlp_out"], n_codes=8, k=3)
-        for point in tlc.sites(host).values():
-            point.codebook.codes.data.mul_(0.1)
+    host = coded_model(n_codes=8)
+    for point in tlc.sites(host).values():
+        point.codebook.codes.data.mul_(0.1)
     return host
 
 
