@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ import torch
 
 import tl_codebook as tlc
 from tl_codebook.benchmarks import where
+from tl_codebook.benchmarks.memory import resident_bytes
 from tl_codebook.files import replace_json
 
 RESULTS = Path(__file__).with_name("results") / "store.json"
@@ -62,11 +62,6 @@ def make_model(folder: Path, seed: int) -> None:
     tlc.save(model, folder)
 
 
-def peak_bytes() -> int:
-    """Return the largest resident size of this process so far, mapped files included."""
-    return 1024 * int(re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)[1])
-
-
 def collect(folder: Path, n_tokens: int) -> dict:
     """Collect, between two halves of the forward pass alone over the same batches."""
     from tl_codebook.attachment import sites
@@ -93,7 +88,7 @@ def collect(folder: Path, n_tokens: int) -> dict:
 
     forward(batches[:4])
     seconds = forward(batches[::2])
-    memory_before = peak_bytes()
+    memory_before = resident_bytes("VmHWM")
     began = time.perf_counter()
     store = tlc.collect_codes(
         model, list(texts()), folder / "store", n_tokens=n_tokens, context_length=LENGTH, batch_size=BATCH, progress=False, overwrite=True
@@ -111,7 +106,7 @@ def collect(folder: Path, n_tokens: int) -> dict:
         "seconds_collect": collecting,
         "speed_of_forward": seconds / collecting * store.n_tokens / sum(map(len, rows)),
         "peak_bytes_before": memory_before,
-        "peak_bytes": peak_bytes(),
+        "peak_bytes": resident_bytes("VmHWM"),
     }
 
 
@@ -139,7 +134,7 @@ def read(folder: Path, seed: int) -> dict:
             "seconds_search": time.perf_counter() - began,
             "best": {"code": best.label, "precision": best.precision, "recall": best.recall},
         }
-    searching = peak_bytes()
+    searching = resident_bytes("VmHWM")
     codes = [tlc.Code.parse(hit.label) for hit in search_codes(store, np.ones(store.n_tokens, bool), min_recall=0, n=None)]
     rng = np.random.default_rng(seed)
     pages = {}
@@ -156,7 +151,7 @@ def read(folder: Path, seed: int) -> dict:
         "n_codes": len(codes),
         "pages": pages,
         "peak_bytes_search": searching,
-        "peak_bytes": peak_bytes(),
+        "peak_bytes": resident_bytes("VmHWM"),
     }
 
 
@@ -177,7 +172,7 @@ def graph(seed: int) -> dict:
         seconds = time.perf_counter() - began
         own = sum(made.has_edge(tlc.Code(0, "mlp_out", None, i), tlc.Code(1, "mlp_out", None, i)) for i in range(n_codes))
         found[str(n_codes)] = {"seconds": seconds, "n_significant": made.graph["n_significant"], "own": own}
-    return found | {"peak_bytes": peak_bytes()}
+    return found | {"peak_bytes": resident_bytes("VmHWM")}
 
 
 def table(results: dict) -> str:

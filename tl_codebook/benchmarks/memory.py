@@ -24,7 +24,7 @@ import torch
 from tl_codebook.benchmarks.cases import Case, Shape
 from tl_codebook.benchmarks.peers import PEERS
 
-__all__ = ["peak_bytes"]
+__all__ = ["peak_bytes", "resident_bytes"]
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _TIME_LIMIT = 900
@@ -46,7 +46,8 @@ def peak_bytes(peer: str, case: Case, threads: int) -> int | None:
     return int(found) if isinstance(found, int) else None
 
 
-def _resident(field: str) -> int:
+def resident_bytes(field: str) -> int:
+    """Return the resident size of this process: now (``VmRSS``), or the largest so far (``VmHWM``), mapped files included; Linux alone."""
     found = re.search(rf"^{field}:\s+(\d+) kB", _STATUS.read_text(), flags=re.M)
     if not found:
         raise OSError(f"/proc/self/status has no {field}")
@@ -61,9 +62,9 @@ def _measure(peer: str, case: Case) -> int:
     if peer == "compile":
         call()
     _CLEAR.write_text("5")
-    before = _resident("VmRSS")
+    before = resident_bytes("VmRSS")
     result = call()
-    peak = _resident("VmHWM") - before
+    peak = resident_bytes("VmHWM") - before
     del result
     return max(0, peak)
 
